@@ -1,0 +1,145 @@
+"""Which implementation serves an operation on a device, and why.
+
+Every operation of `ops.py` has a torch twin in `reference/`; most have GPU kernels of the same name and signature in
+`triton/`. The choice depends on the device, the backend that was asked for, and for matrix products on the shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("nvfp4")
+
+BACKENDS = ("cuda", "reference", "cute-dsl", "flashinfer")
+_MODULE_OF = {
+    "quantize": "quantize",
+    "permute_quantize": "quantize",
+    "silu_and_mul_quantize": "quantize",
+    "dequantize": "quantize",
+    "search_scales": "weight",
+    "linear": "linear",
+    "fused_moe": "moe",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of `nvfp4 doctor`: the kernel that serves an operation (in an activation mode) on a device, and why."""
+
+    operation: str
+    mode: str
+    kernel: str
+    reason: str
+
+
+def _flashinfer_problem(device: torch.device) -> str | None:
+    """What keeps FlashInfer's own functions from serving `device`; None if nothing does."""
+    if device.type != "cuda":
+        return f"the tensor is on {device.type}, it needs a CUDA device of SM100 or newer"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 10:
+        return f"this device is SM{major}{minor}, it needs SM100 or newer"
+    try:
+        version("flashinfer-python")
+    except PackageNotFoundError:
+        return "the package flashinfer-python is not installed"
+    return None
+
+
+@functools.cache
+def _gpu_function(operation: str) -> Callable[..., Any] | None:
+    """The Triton function of `operation`, None where there is none."""
+    try:
+        module = importlib.import_module(f"nvfp4_kernels.triton.{_MODULE_OF[operation]}")
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("nvfp4_kernels"):
+            logger.warning("nvfp4: no GPU kernel for %s, the torch reference serves it", operation)
+            return None
+        raise
+    return getattr(module, operation)
+
+
+def _reference_function(operation: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"nvfp4_kernels.reference.{_MODULE_OF[operation]}"), operation)
+
+
+def implementation(operation: str, device: torch.device, backend: str = "cuda") -> Callable[..., Any]:
+    """The function that serves `operation` for tensors on `device`.
+
+    Raises ValueError for a backend that is unknown or cannot serve the device: nothing falls back in silence.
+    """
+    check_backend(backend)
+    if backend in ("cute-dsl", "flashinfer"):
+        if operation != "quantize":
+            raise ValueError(f"backend: got {backend!r} for {operation}, allowed are 'cuda' and 'reference'")
+        problem = _flashinfer_problem(device)
+        if problem is not None:
+            raise ValueError(f"backend: {backend!r} cannot serve this call: {problem}")
+        from .flashinfer import quantize
+
+        return functools.partial(quantize, backend="cute-dsl" if backend == "cute-dsl" else "cuda")
+    if backend == "cuda" and device.type == "cuda":
+        gpu = _gpu_function(operation)
+        if gpu is not None:
+            return gpu
+    return _reference_function(operation)
+
+
+def check_backend(backend: str) -> None:
+    """ValueError unless `backend` is one of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, BACKENDS))}")
+
+
+def resolve_activation(activation: str, device: torch.device, m: int, n: int, k: int) -> str:
+    """The mode that "auto" stands for on `device` for a product [m, k] x [k, n]; any other mode is returned as it is."""
+    if activation != "auto":
+        return activation
+    if device.type != "cuda":
+        return "none"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 10:
+        return "nvfp4_per_token"
+    if (major, minor) < (8, 9):
+        return "none"
+    gpu = _gpu_function("linear")
+    if gpu is None:
+        return "none"
+    return importlib.import_module("nvfp4_kernels.triton.linear").faster_mode(device, m, n, k)
+
+
+def explain(device: torch.device | str) -> list[Choice]:
+    """What runs on `device` for every operation and activation mode, as `nvfp4 doctor` prints it."""
+    device = torch.device(device)
+    choices = []
+    for operation in ("quantize", "permute_quantize", "silu_and_mul_quantize", "dequantize", "search_scales"):
+        kernel, reason = _describe(operation, device)
+        choices.append(Choice(operation, "-", kernel, reason))
+    for operation in ("linear", "fused_moe"):
+        for mode in ("auto", "nvfp4_per_token", "nvfp4_per_tensor", "fp8_per_token", "none"):
+            kernel, reason = _describe(operation, device)
+            if device.type == "cuda" and kernel.startswith("triton"):
+                module = importlib.import_module(f"nvfp4_kernels.triton.{_MODULE_OF[operation]}")
+                if hasattr(module, "describe"):
+                    kernel, reason = module.describe(mode, device)
+            elif mode == "auto":
+                reason = f"auto is {resolve_activation('auto', device, 1, 4096, 4096)!r} here; {reason}"
+            choices.append(Choice(operation, mode, kernel, reason))
+    return choices
+
+
+def _describe(operation: str, device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return f"torch reference ({operation})", f"tensors on {device.type} are served by the torch twin"
+    if _gpu_function(operation) is None:
+        return f"torch reference ({operation})", "there is no GPU kernel for it"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"triton {_MODULE_OF[operation]}.{operation}", f"a CUDA device of SM{major}{minor}"
