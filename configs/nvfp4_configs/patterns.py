@@ -1,0 +1,77 @@
+"""Which modules a list of names, globs and regular expressions means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+PackedModules = Mapping[str, Sequence[str]]
+"""Last component of a fused module -> its parts: `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`. Routed experts that
+run as one module fit in as well: `{"experts": ["experts.0.gate_proj", "experts.0.up_proj", "experts.0.down_proj"]}`."""
+
+
+@lru_cache(maxsize=1024)
+def _compiled(expression: str) -> re.Pattern[str]:
+    return re.compile(expression)
+
+
+def check_pattern(pattern: str) -> str:
+    """`pattern` itself; ValueError if it is empty or a `re:` expression that does not compile."""
+    if not pattern.removeprefix("re:").strip():
+        raise ValueError(f"{pattern!r} is empty")
+    if pattern.startswith("re:"):
+        try:
+            _compiled(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` means the module `name` (dotted).
+
+    `re:...` is matched from the start of the name, as compressed-tensors does; a pattern with `*`, `?` or `[` is a
+    glob over the whole name, as ModelOpt writes them; any other pattern is a name and also means the modules beneath it
+    and those that end in it, by whole components: `lm_head`, `model.layers.0`, `mlp.gate` (never `mlp.gate_proj`).
+    """
+    if pattern.startswith("re:"):
+        return _compiled(pattern[3:]).match(name) is not None
+    if any(character in pattern for character in "*?["):
+        return fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+def parts_of(name: str, packed: PackedModules | None) -> list[str]:
+    """The checkpoint's names of the modules that run as `name`: `[name]` where it is not a fused one."""
+    parent, _, last = name.rpartition(".")
+    if not packed or last not in packed:
+        return [name]
+    return [f"{parent}.{part}" if parent else part for part in packed[last]]
+
+
+def matches_any(patterns: Iterable[str], name: str, packed: PackedModules | None = None) -> bool:
+    """Whether any pattern means `name`, or, of a fused module, each of its parts.
+
+    Raises ValueError where some parts of a fused module are meant and others are not: it is one matrix and cannot be
+    half quantized.
+    """
+    patterns = tuple(patterns)
+    if any(matches(pattern, name) for pattern in patterns):
+        return True
+    parts = parts_of(name, packed)
+    meant = [part for part in parts if any(matches(pattern, part) for pattern in patterns)]
+    if meant and len(meant) != len(parts):
+        others = [part for part in parts if part not in meant]
+        raise ValueError(
+            f"ignore matches {', '.join(meant)} but not {', '.join(others)}, which run as one fused layer {name}: "
+            "ignore all of them or none"
+        )
+    return bool(meant)
+
+
+def unmatched(patterns: Iterable[str], names: Iterable[str], packed: PackedModules | None = None) -> list[str]:
+    """The patterns that mean none of `names` nor any part of a fused one, in their order."""
+    every = {part for name in names for part in (name, *parts_of(name, packed))}
+    return [pattern for pattern in patterns if not any(matches(pattern, name) for name in every)]
