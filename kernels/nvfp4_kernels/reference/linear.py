@@ -43,8 +43,8 @@ def activation_operand(
 
 def weight_operand(data: torch.Tensor, scales: torch.Tensor, fp8_fold: torch.Tensor | None) -> torch.Tensor:
     """e2m1 * SF of [N, K/2] codes in fp32 [N, K]; with `fp8_fold` [N] rounded to e4m3 after the fold, and unfolded again."""
-    values = decode_packed(data, torch.float32).unflatten(-1, (-1, GROUP_SIZE))
-    values = (values * e4m3_decode(scales).unsqueeze(-1)).flatten(-2)
+    blocks = decode_packed(data).unflatten(-1, (-1, GROUP_SIZE))
+    values = blocks.mul_(e4m3_decode(scales).unsqueeze(-1)).flatten(-2)
     if fp8_fold is None:
         return values
     fold = fp8_fold.unsqueeze(-1)

@@ -197,7 +197,7 @@ def dequantize(
     scale = global_scale.reshape(-1, 1).expand(m, 1)
     result = torch.empty(m, 2 * half, dtype=dtype, device=x_q.device)
     for chunk in row_chunks(m, 2 * half):
-        values = decode_packed(x_q[chunk], torch.float32).unflatten(-1, (-1, GROUP_SIZE))
+        values = decode_packed(x_q[chunk]).unflatten(-1, (-1, GROUP_SIZE))
         values = (values * e4m3_decode(linear[chunk].contiguous()).unsqueeze(-1)).flatten(-2)
         result[chunk] = (values * scale[chunk]).to(dtype)
     return result
