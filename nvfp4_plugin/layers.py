@@ -1,0 +1,280 @@
+"""From what a framework has loaded to an `Nvfp4Weight`, and from there to a layer's parameters. No framework is imported.
+
+A fused layer (qkv, gate and up) keeps the global scale of each of its logical matrices, as a factor per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from nvfp4_kernels import Nvfp4Weight, quantize_weight
+from nvfp4_kernels.formats import E2M1_MAX, GROUP_SIZE
+from nvfp4_kernels.reference.weight import SCALE_BASE
+
+from .checkpoint import TensorNames
+
+ReduceMax = Callable[[torch.Tensor], torch.Tensor]
+"""Takes amax values, fp32, to their maximum over the ranks that hold shards of the same matrix."""
+Describe = Callable[[str], str]
+"""Adds to a tensor's name the file that it came from."""
+
+_SUFFIXES = {
+    field.name: {"data": "", "scales": "_scale"}.get(field.name, f"_{field.name}") for field in dataclasses.fields(Nvfp4Weight)
+}
+"""Field of Nvfp4Weight -> what its parameter is called after the layer's `weight`."""
+
+
+def check_input_size(name: str, k: int, ranks: int = 1) -> None:
+    """ValueError unless a layer of K = `k` per rank can be quantized."""
+    if k % GROUP_SIZE:
+        shard = f" on each of {ranks} ranks" if ranks > 1 else ""
+        remedy = "lower the tensor-parallel size or add" if ranks > 1 else "add"
+        raise ValueError(
+            f"{name}: K is {k}{shard}, NVFP4 needs a multiple of {GROUP_SIZE}; {remedy} the layer to `ignore` "
+            "to leave it unquantized"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizing plain weights
+
+
+def _decode_scales(weights: Sequence[torch.Tensor], scale_search: str, reduce_max: ReduceMax) -> torch.Tensor:
+    """The global scales that `quantize_weight` would choose for whole matrices of which `weights` are this rank's shards."""
+    zero = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+    amax = torch.stack([weight.abs().amax().to(torch.float32) if weight.numel() else zero for weight in weights])
+    amax = reduce_max(amax)
+    encode = torch.where(amax > 0, SCALE_BASE[scale_search] * E2M1_MAX / amax, 1.0)
+    return 1.0 / encode.clamp(max=torch.finfo(torch.float32).max)
+
+
+def _quantize_into(
+    data: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, search: str, tensor: str
+) -> torch.Tensor:
+    """Quantize `weight` [N, K] into `data` and `scales`; returns its global scale, fp32 []."""
+    try:
+        quantized = quantize_weight(weight, scale_search=search, global_scale=scale)
+    except ValueError as error:
+        raise ValueError(f"{tensor}: {error}") from None
+    data.copy_(quantized.data)
+    scales.copy_(quantized.scales)
+    return quantized.global_scale
+
+
+def quantize_linear(
+    weight: torch.Tensor,
+    widths: Sequence[int],
+    parts: Sequence[str],
+    *,
+    scale_search: str,
+    describe: Describe = str,
+    reduce_max: ReduceMax | None = None,
+) -> Nvfp4Weight:
+    """Quantize a layer's weight [N, K] whose rows are `widths` of the logical matrices `parts` (module names, for messages).
+
+    reduce_max: given where other ranks hold shards of the same matrices, so that all of them get the scales of the whole.
+    ValueError naming the tensor and its file if the weight holds a NaN or an infinity.
+    """
+    return _quantize_stack(
+        weight[None],
+        widths,
+        [parts],
+        scale_search=scale_search,
+        describe=describe,
+        reduce_max=reduce_max,
+        stacked=False,
+    )
+
+
+def quantize_experts(
+    weight: torch.Tensor,
+    widths: Sequence[int],
+    parts: Callable[[int], Sequence[str]],
+    *,
+    scale_search: str,
+    describe: Describe = str,
+    reduce_max: ReduceMax | None = None,
+) -> Nvfp4Weight:
+    """`quantize_linear` for a stack of experts [E, N, K], one logical matrix at a time: nothing of the stack is copied.
+
+    parts: the logical matrices of a local expert, by its index.
+    """
+    return _quantize_stack(
+        weight,
+        widths,
+        [parts(expert) for expert in range(weight.shape[0])],
+        scale_search=scale_search,
+        describe=describe,
+        reduce_max=reduce_max,
+        stacked=True,
+    )
+
+
+def _quantize_stack(
+    weight: torch.Tensor,
+    widths: Sequence[int],
+    parts: Sequence[Sequence[str]],
+    *,
+    scale_search: str,
+    describe: Describe,
+    reduce_max: ReduceMax | None,
+    stacked: bool,
+) -> Nvfp4Weight:
+    experts, n, k = weight.shape
+    data = torch.empty(experts, n, k // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(experts, n, k // GROUP_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
+    rows = list(_row_slices(widths))
+    assert sum(widths) == n, (widths, n)
+    matrices = [(expert, part) for expert in range(experts) for part in range(len(widths))]
+    shared = None
+    if reduce_max is not None:
+        shared = _decode_scales([weight[expert, rows[part]] for expert, part in matrices], scale_search, reduce_max)
+    global_scales = []
+    for i, (expert, part) in enumerate(matrices):
+        where = expert, rows[part]
+        scale = None if shared is None else shared[i]
+        tensor = describe(f"{parts[expert][part]}.weight")
+        global_scales.append(_quantize_into(data[where], scales[where], weight[where], scale, scale_search, tensor))
+    per_part = torch.stack(global_scales).view(experts, len(widths))
+    return _assemble(data, scales, per_part, widths, stacked)
+
+
+def _row_slices(widths: Sequence[int]) -> Iterator[slice]:
+    start = 0
+    for width in widths:
+        yield slice(start, start + width)
+        start += width
+
+
+def _assemble(
+    data: torch.Tensor, scales: torch.Tensor, global_scales: torch.Tensor, widths: Sequence[int], stacked: bool
+) -> Nvfp4Weight:
+    """Codes [E, N, K/2] and fp32 decode scales [E, P] of P logical matrices to a weight; not `stacked`: E is 1 and goes."""
+    if len(widths) == 1:
+        global_scale = global_scales[:, 0].contiguous()
+    else:
+        repeats = torch.tensor(widths, device=global_scales.device)
+        global_scale = global_scales.repeat_interleave(repeats, dim=1, output_size=sum(widths))
+    if not stacked:
+        data, scales, global_scale = data[0], scales[0], global_scale[0]
+    return Nvfp4Weight(data, scales, global_scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking over quantized tensors
+
+
+def load_linear(
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    global_scales: torch.Tensor,
+    widths: Sequence[int],
+    parts: Sequence[str],
+    names: TensorNames,
+    *,
+    describe: Describe = str,
+) -> Nvfp4Weight:
+    """The weight of a layer from a checkpoint's tensors: codes [N, K/2], scales [N, K/16], stored global scales [P].
+
+    What was never loaded is NaN (see `unloaded`) and raises ValueError naming the tensor.
+    """
+    decode = _checked_scales(scales[None], global_scales[None], widths, [parts], names, describe)
+    return _assemble(data[None], scales[None], decode, widths, stacked=False)
+
+
+def load_experts(
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    global_scales: torch.Tensor,
+    widths: Sequence[int],
+    parts: Callable[[int], Sequence[str]],
+    names: TensorNames,
+    *,
+    describe: Describe = str,
+) -> Nvfp4Weight:
+    """`load_linear` for a stack of experts: codes [E, N, K/2], scales [E, N, K/16], stored global scales [E, P]."""
+    every = [parts(expert) for expert in range(data.shape[0])]
+    decode = _checked_scales(scales, global_scales, widths, every, names, describe)
+    return _assemble(data, scales, decode, widths, stacked=True)
+
+
+def _checked_scales(
+    scales: torch.Tensor,
+    global_scales: torch.Tensor,
+    widths: Sequence[int],
+    parts: Sequence[Sequence[str]],
+    names: TensorNames,
+    describe: Describe,
+) -> torch.Tensor:
+    """Stored global scales [E, P] as decode scales, after a look for what is missing or not finite."""
+    decode = names.decode(global_scales)
+    # isnan has no float8 kernel on every device: both NaN codes of e4m3 have seven ones below the sign.
+    missing = ((scales.view(torch.uint8) & 0x7F) == 0x7F).flatten(1).any(-1)
+    bad = ~(decode.isfinite() & (decode > 0)).all(-1)
+    if bool((missing | bad).any()):  # one read from the device for each layer
+        for expert, matrices in enumerate(parts):
+            for part, rows in enumerate(_row_slices(widths)):
+                if not bool(decode[expert, part].isfinite() & (decode[expert, part] > 0)):
+                    value = float(global_scales[expert, part])
+                    _refuse(describe(f"{matrices[part]}.{names.global_scale}"), value, "a finite number above 0")
+                if bool(((scales[expert, rows].view(torch.uint8) & 0x7F) == 0x7F).any()):
+                    _refuse(describe(f"{matrices[part]}.{names.scale}"), float("nan"), "e4m3 numbers")
+    return decode
+
+
+def load_input_scales(
+    stored: torch.Tensor, parts: Callable[[int], Sequence[str]], names: TensorNames, *, describe: Describe = str
+) -> torch.Tensor:
+    """Static input scales [E, P] as stored to decode scales fp32 [E]: the logical matrices of a layer read the same input,
+    so the largest of theirs serves all of them. What was never loaded raises ValueError naming the tensor."""
+    decode = names.decode(stored)
+    good = decode.isfinite() & (decode > 0)
+    if not bool(good.all()):
+        expert, part = (~good).nonzero()[0].tolist()
+        tensor = describe(f"{parts(expert)[part]}.{names.input_scale}")
+        _refuse(tensor, float(stored[expert, part]), "a finite number above 0")
+    return decode.amax(-1)
+
+
+def _refuse(tensor: str, value: float, allowed: str) -> None:
+    # NaN is what `unloaded` leaves where no tensor arrived.
+    got = "it is missing from the checkpoint, or NaN" if value != value else f"got {value}"
+    raise ValueError(f"{tensor}: {got}; allowed: {allowed}")
+
+
+def unloaded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Storage for a tensor of the checkpoint; a float8 or float tensor holds NaN until something is loaded into it."""
+    if dtype == torch.float8_e4m3fn:
+        return torch.full(shape, 0x7F, dtype=torch.uint8).view(dtype)
+    if dtype.is_floating_point:
+        return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.empty(shape, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A layer's parameters
+
+
+def install(layer: torch.nn.Module, prefix: str, weight: Nvfp4Weight) -> None:
+    """Make the tensors of `weight` parameters of `layer`: `prefix`, `prefix`_scale, `prefix`_global_scale and so on.
+
+    As parameters they move, are counted and are refreshed on a reload as any other weight of the framework is.
+    """
+    for field, suffix in _SUFFIXES.items():
+        set_parameter(layer, prefix + suffix, getattr(weight, field))
+
+
+def set_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+    """Replace the parameter `name` of `layer`; None takes it away."""
+    if name in layer._parameters:
+        delattr(layer, name)
+    parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+    layer.register_parameter(name, parameter)
+
+
+def installed(layer: torch.nn.Module, prefix: str) -> Nvfp4Weight:
+    """The weight that `install` took apart."""
+    return Nvfp4Weight(**{field: getattr(layer, prefix + suffix) for field, suffix in _SUFFIXES.items()})

@@ -1,0 +1,175 @@
+"""`QuantizationPlan`: which of a model's modules are quantized, from what and how. Both frameworks ask it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nvfp4_configs import CheckpointFormat, Nvfp4Config, PackedModules
+from nvfp4_configs.patterns import parts_of
+
+from .checkpoint import CheckpointIndex, TensorNames, tensor_names
+
+logger = logging.getLogger("nvfp4_plugin")
+
+ROUTERS = ("gate", "router", "shared_expert_gate", "shared_experts_gate")
+"""Last components of the layers that choose experts or weigh the shared one: small, and a wrong choice costs much."""
+
+
+def is_router(name: str) -> bool:
+    """Whether the module `name` is an MoE router, by its name."""
+    return name.rpartition(".")[2] in ROUTERS
+
+
+def expert_parts(experts: int, projections: Sequence[str]) -> list[str]:
+    """The parts of a routed-experts module named `experts`, for a `PackedModules` mapping."""
+    return [f"experts.{expert}.{projection}" for expert in range(experts) for projection in projections]
+
+
+class QuantizationPlan:
+    """The options of one model and what its checkpoint holds.
+
+    `quantization_config` is the checkpoint's dict, or None for one that is not quantized. ValueError where it asks for
+    something that cannot be served.
+    """
+
+    def __init__(self, quantization_config: Mapping[str, Any] | None = None) -> None:
+        self._quantization_config = quantization_config
+        self._format = None if quantization_config is None else CheckpointFormat.parse(quantization_config)
+        self._options: Nvfp4Config | None = None
+        self._rename: Callable[[list[str]], list[str]] | None = None
+        self._index: CheckpointIndex | None = None
+        self._asked: dict[str, PackedModules] = {}
+        self._warned = False
+
+    @property
+    def online(self) -> bool:
+        """Whether the checkpoint holds plain weights, to be quantized while they load."""
+        return self._format is None or self._format.kind == "nvfp4"
+
+    @property
+    def format(self) -> CheckpointFormat:
+        """The form of a quantized checkpoint."""
+        assert self._format is not None
+        assert not self.online
+        return self._format
+
+    @property
+    def names(self) -> TensorNames:
+        """The tensor names of a quantized checkpoint."""
+        return tensor_names(self.format)
+
+    @property
+    def options(self) -> Nvfp4Config:
+        """The resolved options; `configure` comes first."""
+        assert self._options is not None, "configure() comes first"
+        return self._options
+
+    @property
+    def configured(self) -> bool:
+        """Whether `configure` has been called."""
+        return self._options is not None
+
+    def configure(self, additional: Mapping[str, Any] | None = None) -> None:
+        """Resolve the options; `additional` is what the framework's command line holds for this plugin."""
+        options = Nvfp4Config.resolve(self._quantization_config, additional)
+        if options.activation == "nvfp4_per_tensor" and not self.static_activations:
+            holder = "a checkpoint that is not quantized" if self.online else "this weight-only checkpoint"
+            raise ValueError(
+                f"activation: got 'nvfp4_per_tensor', which needs static input scales, and {holder} has none; "
+                "allowed: 'auto', 'nvfp4_per_token', 'fp8_per_token', 'none'"
+            )
+        self._options = options
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether quantized layers of the checkpoint come with static input scales."""
+        return not self.online and self.format.static_activations
+
+    @property
+    def uses_input_scales(self) -> bool:
+        """Whether the layers need the checkpoint's static input scales at run time."""
+        return self.options.activation == "nvfp4_per_tensor"
+
+    def inspect(self, model: str, revision: str | None = None) -> None:
+        """Read the headers of `model` if it is on this machine. ValueError naming tensor and file if it cannot be served."""
+        if self._index is not None:
+            return
+        self._index = CheckpointIndex.find(model, revision)
+        if self._index is None:
+            return
+        if not self.online:
+            self._index.check(self.names)
+        elif quantized := self._index.quantized_modules():
+            raise ValueError(
+                f"quantization_config says that the weights are not quantized, but {quantized[0]} and {len(quantized) - 1} "
+                f"other modules of {model} are in NVFP4: leave the checkpoint's own quantization_config in place and give "
+                "options through --additional-config"
+            )
+
+    def rename(self, mapper: Callable[[list[str]], list[str]]) -> None:
+        """Follow a framework that renames modules: `mapper` turns the checkpoint's module names into the framework's."""
+        self._rename = mapper
+        if self._format is not None:
+            self._format = self._format.model_copy(
+                update={"ignore": self._renamed(self._format.ignore), "targets": self._renamed(self._format.targets)}
+            )
+
+    def _renamed(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        if self._rename is None:
+            return tuple(patterns)
+        out: list[str] = []
+        for pattern in patterns:
+            out.append(pattern)
+            if pattern.startswith("re:"):
+                continue
+            # A mapper works on whole components: "tower*" stands for "tower" and "tower.*" as well.
+            stem = pattern[:-1] if pattern.endswith("*") and not pattern.endswith(".*") else None
+            out += self._rename([pattern] if stem is None else [stem, f"{stem}.*"])
+        return tuple(dict.fromkeys(out))
+
+    def quantizes(self, name: str, packed: PackedModules | None = None, *, lm_head: bool = False, router: bool = False) -> bool:
+        """Whether the module `name` runs in NVFP4; `packed` maps fused modules to their parts.
+
+        Routers and the language-model head stay as they are unless the options (`lm_head`) or the checkpoint itself say
+        otherwise. ValueError where `ignore` means only some parts of a fused module.
+        """
+        self._asked[name] = packed or {}
+        options = self.options.model_copy(update={"ignore": self._renamed(self.options.ignore)})
+        if options.ignores(name, packed):
+            return False
+        if self.online:
+            return not router and (not lm_head or options.lm_head)
+        if self.format.ignores(name, packed):
+            return False
+        if router or lm_head:
+            if self._index is not None:
+                return self._index.is_quantized(name)
+            return lm_head
+        return True
+
+    def warn_unmatched(self) -> None:
+        """Once, after the whole model has been built: a warning for every entry of the options' `ignore` that meant nothing."""
+        if self._warned:
+            return
+        self._warned = True
+        names = {part for name, packed in self._asked.items() for part in (name, *parts_of(name, packed))}
+        for pattern in self.options.ignore:
+            single = self.options.model_copy(update={"ignore": self._renamed((pattern,))})
+            if len(single.unmatched(names)) == len(single.ignore):
+                logger.warning(
+                    "nvfp4: ignore matches nothing: %r means none of the %d layers that could be quantized, such as %s",
+                    pattern,
+                    len(self._asked),
+                    ", ".join(sorted(self._asked)[:3]),
+                )
+
+    def part_names(self, name: str, count: int, packed: PackedModules | None = None) -> list[str]:
+        """The checkpoint's names of the `count` logical matrices of the module `name`, for messages."""
+        parts = parts_of(name, packed)
+        return parts if len(parts) == count else [name] * count
+
+    def describe(self, tensor: str) -> str:
+        """`tensor`, with its file where that is known."""
+        return self._index.describe(tensor) if self._index is not None else tensor
