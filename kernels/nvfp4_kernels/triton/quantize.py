@@ -1,0 +1,509 @@
+"""Activation quantization on the GPU: the Triton twins of `reference/quantize.py`.
+
+One kernel serves every form. A program takes BLOCK_M rows by BLOCKS blocks of 16 along K; per token it takes whole rows and
+keeps them in registers (rows of more than BLOCKS blocks are read a second time, then from L2). Values are loaded as words of
+two neighbours, 16 bytes a thread, so that two threads share a block of 16 and each writes four bytes of codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..formats import GROUP_SIZE, SfLayout, ceil_to, sf_shape
+from .numerics import (
+    arch_of,
+    block_scale,
+    clamp_finite,
+    divide,
+    e2m1_decode,
+    e4m3_decode,
+    encode_pair,
+    max_magnitude,
+    max_positive,
+    pack_pair,
+    reciprocal,
+    round_to,
+    unpack_pair,
+    word_pointer,
+)
+
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_LAYOUT_128X4 = tl.constexpr(int(SfLayout.layout_128x4))
+_LAYOUT_8X4 = tl.constexpr(int(SfLayout.layout_8x4))
+_MAX_BLOCKS = 1024  # blocks of 16 that a program holds in registers: K up to 16384
+
+
+@triton.jit
+def scale_offset(row, block, padded_blocks, LAYOUT: tl.constexpr):
+    """Offset (int64) of the scale of `row` (int64) and K-block `block` (int32) in a scale tensor of this layout."""
+    if LAYOUT == _LAYOUT_128X4:
+        in_row = (row // 128) * (padded_blocks * 128) + (row % 32) * 16 + (row % 128) // 32 * 4
+        return in_row + ((block // 4) * 512 + block % 4)
+    elif LAYOUT == _LAYOUT_8X4:
+        in_row = (row // 8) * (padded_blocks * 8) + (row % 8) * 4
+        return in_row + ((block // 4) * 32 + block % 4)
+    return row * padded_blocks + block
+
+
+@triton.jit
+def _silu_and_mul(gate, up, dtype: tl.constexpr, ARCH: tl.constexpr):
+    """silu(gate) * up in fp32 with CUDA's expf, rounded once to `dtype`; fp32 again."""
+    if ARCH == 0:
+        exponential = tl.exp(-gate)
+    else:
+        exponential = libdevice.exp(-gate)
+    return round_to(divide(gate, 1.0 + exponential, ARCH) * up, dtype, ARCH).to(tl.float32)
+
+
+@triton.jit
+def _load_pairs(x, row_offset, live, block, blocks, SILU: tl.constexpr, ARCH: tl.constexpr):
+    """fp32 values of pairs [rows, blocks, 8], the even and the odd neighbours; zeros for rows that are not live and past K."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    offset = row_offset[:, None, None] + (block[:, None] * 8 + tl.arange(0, 8))[None, :, :]
+    mask = (live[:, None] & (block < blocks))[:, :, None]
+    low, high = unpack_pair(tl.load(word_pointer(x) + offset, mask=mask, other=0), dtype)
+    if SILU:
+        up_low, up_high = unpack_pair(tl.load(word_pointer(x) + (offset + blocks * 8), mask=mask, other=0), dtype)
+        low = _silu_and_mul(low, up_low, dtype, ARCH)
+        high = _silu_and_mul(high, up_high, dtype, ARCH)
+    return low, high
+
+
+@triton.jit
+def _zero_rows(
+    x_q, sf, token_scale, row, empty, out_rows, blocks, padded_blocks, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """Zero the `empty` ones of rows `row` [rows] in all three outputs; rows from `out_rows` on have scale bytes alone."""
+    whole = empty & (row < out_rows)
+    for start in range(0, padded_blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        at = row[:, None] * blocks + block
+        codes = x_q + (at[:, :, None] * 8 + tl.arange(0, 8))
+        tl.store(codes, tl.zeros(codes.shape, tl.uint8), mask=(whole[:, None] & (block < blocks))[:, :, None])
+        scales = sf + scale_offset(row[:, None], block, padded_blocks, LAYOUT)
+        tl.store(scales, tl.zeros(scales.shape, tl.uint8), mask=empty[:, None] & (block < padded_blocks))
+    tl.store(token_scale + row, tl.zeros(row.shape, tl.float32), mask=whole)
+
+
+@triton.jit
+def _target_rows(row, live, index, j, out_rows, SHUFFLE: tl.constexpr, SCATTERED: tl.constexpr, TOP_K: tl.constexpr):
+    """Where the rows go (int64) and which of them do."""
+    if SCATTERED:
+        target = tl.load(index + row * TOP_K + j, mask=live, other=-1).to(tl.int64)
+        return target, (target >= 0) & (target < out_rows)
+    elif SHUFFLE:
+        # Within each 32 rows new[d] = old[4 * (d % 8) + d // 8].
+        return (row // 32) * 32 + (row % 4) * 8 + (row % 32) // 4, live
+    return row, live
+
+
+@triton.jit
+def _quantize_tile(
+    low, high, amax, g, inverse_g, x_q, sf, row, live, index, block, out_rows, sf_rows, blocks, padded_blocks,
+    LAYOUT: tl.constexpr, SHUFFLE: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr, FAST: tl.constexpr,
+    ARCH: tl.constexpr,
+):  # fmt: skip
+    """Quantize one tile of fp32 pairs [rows, blocks, 8] with block maxima [rows, blocks] and store codes and scales."""
+    scale, factor = block_scale(amax, g[:, None], inverse_g[:, None], FAST, ARCH)
+    # Padding, and rows that nobody named: 0 whatever g is.
+    scale = tl.where(live[:, None] & (block < blocks), scale, 0)
+    keep = tl.where(scale == 0, 0, -1)[:, :, None]
+    codes = encode_pair(low * factor[:, :, None], high * factor[:, :, None], keep, ARCH)
+    scale = scale.to(tl.uint8)
+    for j in tl.static_range(TOP_K):
+        target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS == "scattered", TOP_K)
+        scales_written = written
+        if ROWS == "all" or ROWS == "named":
+            written = row < out_rows
+            scales_written = row < sf_rows
+        at = (target[:, None] * blocks + block) * 8
+        tl.store(
+            x_q + (at[:, :, None] + tl.arange(0, 8)), codes, mask=(written[:, None] & (block < blocks))[:, :, None]
+        )
+        tl.store(
+            sf + scale_offset(target[:, None], block, padded_blocks, LAYOUT),
+            scale,
+            mask=scales_written[:, None] & (block < padded_blocks),
+        )
+
+
+@triton.jit(do_not_specialize=["m", "out_rows", "sf_rows"])
+def quantize_kernel(
+    x, a_global_sf, index, named, x_q, sf, token_scale, m, out_rows, sf_rows, blocks, padded_blocks, x_stride, g_stride,
+    LAYOUT: tl.constexpr, PER_TOKEN: tl.constexpr, SHUFFLE: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
+    TOP_K: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """x [m, K] (or [m, 2K] with SILU) to x_q [out_rows, K/2], sf [sf_rows, padded_blocks] and token_scale [out_rows].
+
+    `x_stride` counts words of two values. WHOLE: BLOCKS covers a row. ROWS says which rows:
+    "all"; "named": those whose flag in `named` is set, zeros for the others; "listed": the m entries of `index`, other rows
+    stay as they are; "scattered": row i goes to rows index[i, :TOP_K], and programs behind those of the tokens zero the rows
+    without a flag in `named`. An entry outside [0, out_rows) is skipped.
+    """
+    if PDL:
+        gdc_wait()
+    program = tl.program_id(0)
+    first_block = 0
+    if not PER_TOKEN and not WHOLE:
+        chunks = tl.cdiv(padded_blocks, BLOCKS)
+        first_block = (program % chunks) * BLOCKS
+        program = program // chunks
+    row = program.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    if ROWS == "scattered":
+        token_programs = tl.cdiv(m, BLOCK_M)
+        if program >= token_programs:
+            row -= token_programs.to(tl.int64) * BLOCK_M
+            empty = (row < sf_rows) & (tl.load(named + row, mask=row < out_rows, other=0) == 0)
+            _zero_rows(x_q, sf, token_scale, row, empty, out_rows, blocks, padded_blocks, LAYOUT, BLOCKS)
+            return
+
+    if ROWS == "listed":
+        row = tl.load(index + row, mask=row < m, other=-1).to(tl.int64)
+        live = (row >= 0) & (row < out_rows)
+    elif ROWS == "named":
+        live = tl.load(named + row, mask=row < m, other=0) != 0
+    else:
+        live = row < m
+    row_offset = tl.multiple_of(row * x_stride, 4)
+
+    block = first_block + tl.arange(0, BLOCKS)
+    if PER_TOKEN:
+        inverse_base = tl.load(a_global_sf)
+        row_bits = tl.zeros((BLOCK_M,), tl.int32)
+        if WHOLE:
+            low, high = _load_pairs(x, row_offset, live, block, blocks, SILU, ARCH)
+            amax = max_magnitude(low, high, ARCH)
+            row_amax = max_positive(amax, 1)
+        else:
+            for start in range(0, padded_blocks, BLOCKS):
+                low, high = _load_pairs(x, row_offset, live, start + block, blocks, SILU, ARCH)
+                amax = max_positive(max_magnitude(low, high, ARCH), 1)
+                row_bits = tl.maximum(row_bits, amax.to(tl.int32, bitcast=True))
+            row_amax = row_bits.to(tl.float32, bitcast=True)
+        zero = row_amax == 0.0
+        if FAST:
+            scale = row_amax * inverse_base
+            g = tl.where(zero, 0.0, reciprocal(scale, True, ARCH))
+        else:
+            g = tl.where(zero, 0.0, clamp_finite(divide(reciprocal(inverse_base, False, ARCH), row_amax, ARCH)))
+            scale = tl.where(zero, 0.0, reciprocal(g, False, ARCH))
+        scale = tl.where(live, scale, 0.0)
+        for j in tl.static_range(TOP_K):
+            target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS == "scattered", TOP_K)
+            if ROWS == "all" or ROWS == "named":
+                written = row < out_rows
+            tl.store(token_scale + target, scale, mask=written)
+    else:
+        g = tl.load(a_global_sf + row * g_stride, mask=live, other=0.0)
+        low, high = _load_pairs(x, row_offset, live, block, blocks, SILU, ARCH)
+        amax = max_magnitude(low, high, ARCH)
+    if PDL:
+        gdc_launch_dependents()
+    inverse_g = reciprocal(g, FAST, ARCH)
+    if PER_TOKEN and not WHOLE:
+        for start in range(0, padded_blocks, BLOCKS):
+            low, high = _load_pairs(x, row_offset, live, start + block, blocks, SILU, ARCH)
+            amax = max_magnitude(low, high, ARCH)
+            _quantize_tile(
+                low, high, amax, g, inverse_g, x_q, sf, row, live, index, start + block, out_rows, sf_rows, blocks,
+                padded_blocks, LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
+            )  # fmt: skip
+    else:
+        _quantize_tile(
+            low, high, amax, g, inverse_g, x_q, sf, row, live, index, block, out_rows, sf_rows, blocks, padded_blocks,
+            LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["entries", "rows"])
+def mark_kernel(index, named, entries, rows, BLOCK: tl.constexpr):
+    """Set the flag (uint8) of every row in [0, rows) that `index` names."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(index + at, mask=at < entries, other=-1)
+    tl.store(named + row, tl.full((BLOCK,), 1, tl.uint8), mask=(row >= 0) & (row < rows))
+
+
+@triton.jit(do_not_specialize=["m"])
+def dequantize_kernel(
+    x_q, sf, global_scale, out, m, blocks, padded_blocks, g_stride,
+    LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """e2m1 * SF * scale: x_q [m, K/2] and sf in LAYOUT to out [m, K], stored as words of two neighbours."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    chunks = tl.cdiv(blocks, BLOCKS)
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = (program % chunks) * BLOCKS + tl.arange(0, BLOCKS)
+    mask = (row < m)[:, None] & (block < blocks)
+    codes = ((row[:, None] * blocks + block) * 8)[:, :, None] + tl.arange(0, 8)
+    pair = tl.load(x_q + codes, mask=mask[:, :, None], other=0).to(tl.int32)
+    scale = e4m3_decode(tl.load(sf + scale_offset(row[:, None], block, padded_blocks, LAYOUT), mask=mask, other=0).to(tl.int32))
+    g = tl.load(global_scale + row * g_stride, mask=row < m, other=0.0)[:, None, None]
+    low = round_to(e2m1_decode(pair & 0xF) * scale[:, :, None] * g, dtype, ARCH)
+    high = round_to(e2m1_decode(pair >> 4) * scale[:, :, None] * g, dtype, ARCH)
+    tl.store(word_pointer(out) + codes, pack_pair(low, high), mask=mask[:, :, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+
+
+def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's GPU the current one, which is where Triton launches; nothing to do on the CPU (the interpreter)."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` [M, K] as the kernels read it: neighbours in a row adjacent, every row at a multiple of 16 bytes.
+
+    Row-strided views of whole rows pass as they are. Anything else costs one copy (K is a multiple of 16, so a contiguous
+    matrix has aligned rows).
+    """
+    stride = x.stride(0) if x.shape[0] > 1 else x.shape[1]
+    if x.stride(1) != 1 or (stride * x.element_size()) % 16 or x.data_ptr() % 16 or stride < x.shape[1]:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def tile(rows: int, blocks: int, per_token: bool, silu: bool) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCKS and num_warps for `rows` rows of `blocks` (padded to a multiple of 4) blocks of 16."""
+    width = min(triton.next_power_of_2(blocks), _MAX_BLOCKS)
+    if not per_token:
+        width = min(width, 256)
+    warps = max(1, min(width // 64, 16))
+    return max(1, 64 // width), width, warps
+
+
+def _empty(x: torch.Tensor, rows: int, k: int, layout: int, per_token: bool) -> Quantized:
+    return (
+        torch.empty(rows, k // 2, dtype=torch.uint8, device=x.device),
+        torch.empty(sf_shape(rows, k, layout), dtype=torch.uint8, device=x.device),
+        torch.empty(rows if per_token else 0, dtype=torch.float32, device=x.device),
+    )
+
+
+def _flags(index: torch.Tensor, rows: int) -> torch.Tensor:
+    """uint8 [rows], 1 for the rows that `index` names."""
+    named = torch.zeros(rows, dtype=torch.uint8, device=index.device)
+    if index.numel():
+        mark_kernel[(triton.cdiv(index.numel(), 1024),)](index, named, index.numel(), rows, BLOCK=1024)
+    return named
+
+
+def _launch(
+    x: torch.Tensor,
+    k: int,
+    a_global_sf: torch.Tensor,
+    out: Quantized,
+    *,
+    layout: int,
+    per_token: bool,
+    rows_mode: str = "all",
+    index: torch.Tensor | None = None,
+    named: torch.Tensor | None = None,
+    top_k: int = 1,
+    shuffle: bool = False,
+    silu: bool = False,
+    fast: bool = False,
+    pdl: bool = False,
+) -> None:
+    x_q, sf, token_scale = out
+    blocks = k // GROUP_SIZE
+    padded_blocks = blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4)
+    m = index.numel() if rows_mode == "listed" and index is not None else x.shape[0]
+    block_m, width, warps = tile(m, padded_blocks, per_token, silu)
+    if rows_mode == "scattered":
+        programs = triton.cdiv(m, block_m) + triton.cdiv(sf.shape[0], block_m)
+    else:
+        programs = triton.cdiv(m if rows_mode == "listed" else sf.shape[0], block_m)
+    whole = width >= padded_blocks
+    if not per_token:
+        programs *= triton.cdiv(padded_blocks, width)
+    if not programs:
+        return
+    arch = arch_of(x.device)
+    pdl = pdl and arch >= 90
+    x = aligned_rows(x)
+    quantize_kernel[(programs,)](
+        x,
+        a_global_sf,
+        index,
+        named,
+        x_q,
+        sf,
+        token_scale,
+        m,
+        x_q.shape[0],
+        sf.shape[0],
+        blocks,
+        padded_blocks,
+        x.stride(0) // 2 if x.shape[0] > 1 else x.shape[1] // 2,
+        0 if a_global_sf.numel() == 1 else 1,
+        LAYOUT=layout,
+        PER_TOKEN=per_token,
+        SHUFFLE=shuffle,
+        SILU=silu,
+        ROWS=rows_mode,
+        TOP_K=top_k,
+        FAST=fast,
+        PDL=pdl,
+        BLOCK_M=block_m,
+        BLOCKS=width,
+        WHOLE=whole,
+        ARCH=arch,
+        num_warps=warps,
+        enable_fp_fusion=False,
+        launch_pdl=pdl,
+    )
+
+
+def _quantize(
+    x: torch.Tensor,
+    k: int,
+    a_global_sf: torch.Tensor,
+    *,
+    layout: int,
+    per_token: bool,
+    row_index: torch.Tensor | None,
+    out: Quantized | None,
+    **options: bool,
+) -> Quantized:
+    index = None if row_index is None else row_index.reshape(-1)
+    with on_device(x):
+        if index is None:
+            mode, named = "all", None
+        elif out is None:
+            mode, named = "named", _flags(index, x.shape[0])
+        else:
+            mode, named = "listed", None
+        out = _empty(x, x.shape[0], k, layout, per_token) if out is None else out
+        _launch(
+            x, k, a_global_sf, out, layout=layout, per_token=per_token, rows_mode=mode, index=index, named=named, **options
+        )
+    return out
+
+
+def quantize(
+    a: torch.Tensor,
+    a_global_sf: torch.Tensor,
+    *,
+    layout: int,
+    shuffle: bool = False,
+    per_token: bool = False,
+    row_index: torch.Tensor | None = None,
+    fast: bool = False,
+    pdl: bool = False,
+    out: Quantized | None = None,
+) -> Quantized:
+    """Quantize [M, K] to (x_q uint8 [M, K/2], sf uint8 in `layout`, per_token_scale fp32 [M], empty unless `per_token`).
+
+    As `reference.quantize.quantize`; entries of `row_index` at M or above are skipped, and `out` holds contiguous tensors.
+    With `row_index` and `out`, only the rows that it names are written, padding bytes neither.
+    """
+    return _quantize(
+        a,
+        a.shape[1],
+        a_global_sf,
+        layout=layout,
+        per_token=per_token,
+        row_index=row_index,
+        out=out,
+        shuffle=shuffle,
+        fast=fast,
+        pdl=pdl,
+    )
+
+
+def silu_and_mul_quantize(
+    x: torch.Tensor,
+    a_global_sf: torch.Tensor,
+    *,
+    layout: int,
+    per_token: bool = False,
+    row_index: torch.Tensor | None = None,
+    fast: bool = False,
+    out: Quantized | None = None,
+) -> Quantized:
+    """`quantize` of silu(gate) * up, which is never written; x is [M, 2K], fp16 or bf16, gate first."""
+    return _quantize(
+        x,
+        x.shape[1] // 2,
+        a_global_sf,
+        layout=layout,
+        per_token=per_token,
+        row_index=row_index,
+        out=out,
+        fast=fast,
+        silu=True,
+    )
+
+
+def permute_quantize(
+    x: torch.Tensor, index: torch.Tensor, rows: int, a_global_sf: torch.Tensor, *, layout: int, fast: bool = False
+) -> Quantized:
+    """Quantize each token of [T, K] once, per token, and write it to every row that `index` [T, top_k] names for it.
+
+    As `reference.quantize.permute_quantize`; entries at `rows` or above are skipped.
+    """
+    out = _empty(x, rows, x.shape[1], layout, True)
+    index = index.contiguous()
+    with on_device(x):
+        _launch(
+            x,
+            x.shape[1],
+            a_global_sf,
+            out,
+            layout=layout,
+            per_token=True,
+            rows_mode="scattered",
+            index=index,
+            named=_flags(index, rows),
+            top_k=index.shape[1],
+            fast=fast,
+        )
+    return out
+
+
+def dequantize(
+    x_q: torch.Tensor,
+    sf: torch.Tensor,
+    global_scale: torch.Tensor,
+    *,
+    layout: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """e2m1 * SF * scale in fp32, then `dtype` (fp32, fp16, bf16). x_q [M, K/2], sf in `layout`, global_scale fp32 [1] or [M]."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"dtype: got {dtype}, allowed are float32, float16 and bfloat16")
+    m, k = x_q.shape[0], 2 * x_q.shape[1]
+    out = torch.empty(m, k, dtype=dtype, device=x_q.device)
+    blocks = k // GROUP_SIZE
+    if out.numel():
+        block_m, width, warps = tile(m, blocks, False, False)
+        with on_device(x_q):
+            dequantize_kernel[(triton.cdiv(m, block_m) * triton.cdiv(blocks, width),)](
+                x_q.contiguous(),
+                sf.view(torch.uint8).contiguous(),
+                global_scale,
+                out,
+                m,
+                blocks,
+                blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4),
+                0 if global_scale.numel() == 1 else 1,
+                LAYOUT=layout,
+                BLOCK_M=block_m,
+                BLOCKS=width,
+                ARCH=arch_of(x_q.device),
+                num_warps=warps,
+                enable_fp_fusion=False,
+            )
+    return out
