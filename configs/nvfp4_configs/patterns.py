@@ -65,8 +65,8 @@ def matches_any(patterns: Iterable[str], name: str, packed: PackedModules | None
     if meant and len(meant) != len(parts):
         others = [part for part in parts if part not in meant]
         raise ValueError(
-            f"ignore matches {', '.join(meant)} but not {', '.join(others)}, which run as one fused layer {name}: "
-            "ignore all of them or none"
+            f"the patterns {', '.join(patterns)} mean {', '.join(meant)} but not {', '.join(others)}, which run as one "
+            f"fused layer {name}: name all of them or none"
         )
     return bool(meant)
 

@@ -1,0 +1,20 @@
+"""`nvfp4`: look at this machine, quantize checkpoints, measure kernels and weights."""
+
+from __future__ import annotations
+
+import typer
+
+from nvfp4_plugin.cli.bench import app as bench
+from nvfp4_plugin.cli.doctor import doctor
+from nvfp4_plugin.cli.evaluate import evaluate
+from nvfp4_plugin.cli.quantize import quantize
+
+app = typer.Typer(
+    help="NVFP4 quantization for vLLM and SGLang on every device.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(doctor)
+app.command()(quantize)
+app.add_typer(bench, name="bench")
+app.command(name="eval")(evaluate)

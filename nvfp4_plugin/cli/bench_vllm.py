@@ -1,0 +1,209 @@
+"""`nvfp4 bench vllm`: whole models in vLLM, random weights, this plugin beside bf16 and vLLM's own NVFP4.
+
+Every method serves the same shape in an engine and a process of its own, one after the other. `python -m` this module
+with a JSON job on standard input is that process; it prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nvfp4_plugin.cli.benchmark import JsonOption
+
+_COMMON = {"torch_dtype": "bfloat16", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        **_COMMON,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "vocab_size": 151936,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        **_COMMON,
+    },
+}
+MODELOPT = {
+    "quant_method": "modelopt",
+    "quant_algo": "NVFP4",
+    "quant_library": "modelopt",
+    "group_size": 16,
+    "ignore": ["lm_head", "*.gate"],
+    "config_groups": {
+        "group_0": {
+            "input_activations": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16},
+            "weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16},
+            "targets": ["Linear"],
+        }
+    },
+}
+# Columns: this plugin (its options), vLLM's own NVFP4 for the same checkpoint form, and no quantization.
+METHODS: dict[str, dict[str, Any]] = {
+    "nvfp4-plugin": {"quantization": "nvfp4"},
+    "vllm-nvfp4": {"quantization": None},
+    "bf16": {"quantization": None},
+}
+BATCHES = (1, 16, 64)
+PREFILL = (8, 2048)
+DECODE_TOKENS = 128
+
+
+def vllm(
+    shape: Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")] = "llama-3-8b",
+    layers: Annotated[int, typer.Option(help="Decoder layers; 0 takes the model's own number.")] = 0,
+    method: Annotated[list[str], typer.Option(help="May be given several times.")] = list(METHODS),  # noqa: B006
+    activation: Annotated[str, typer.Option(help="This plugin's activation mode.")] = "auto",
+    timeout: Annotated[int, typer.Option(help="Seconds that one method may take.")] = 900,
+    json: JsonOption = False,
+) -> None:
+    """Prefill and decode throughput of a whole model in vLLM with random weights, by CUDA graphs and torch.compile."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"got {shape!r}; allowed: {', '.join(SHAPES)}", param_hint="--shape")
+    for name in method:
+        if name not in METHODS:
+            raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(METHODS)}", param_hint="--method")
+    config = dict(SHAPES[shape])
+    if layers:
+        config["num_hidden_layers"] = layers
+    results = {name: _run_worker(name, config, activation, timeout) for name in method}
+    if json:
+        sys.stdout.write(json_line({"shape": shape, "layers": config["num_hidden_layers"], "results": results}) + "\n")
+        return
+    table = Table(title=f"{shape}, {config['num_hidden_layers']} layers, random weights: tokens/s", title_justify="left")
+    table.add_column("case")
+    for name in method:
+        table.add_column(name, justify="right")
+    cases = next((list(result["tokens_per_second"]) for result in results.values() if "tokens_per_second" in result), [])
+    for case in cases:
+        table.add_row(
+            case, *(f"{r['tokens_per_second'][case]:,.0f}" if "tokens_per_second" in r else "-" for r in results.values())
+        )
+    Console().print(table)
+    for name, result in results.items():
+        if "error" in result:
+            Console().print(f"- {name}: {result['error']}", style="dim", markup=False, highlight=False)
+
+
+def json_line(value: object) -> str:
+    """`value` as one line of JSON."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _run_worker(method: str, config: dict[str, Any], activation: str, timeout: int) -> dict[str, Any]:
+    job = json_line({"method": method, "config": config, "activation": activation})
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "nvfp4_plugin.cli.bench_vllm"],
+                input=job,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {timeout} s"}
+        lines = [line for line in run.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
+        if run.returncode or not lines:
+            errors.seek(0)
+            output = run.stdout + errors.read()
+            sys.stderr.write(output[-6000:])
+            return {"error": f"exit code {run.returncode}, its last lines are on standard error"}
+    return json.loads(lines[-1])
+
+
+def _work() -> None:
+    """The process of one method: reads a job, serves the shape, prints one line."""
+    job = json.load(sys.stdin)
+    config, method = job["config"], job["method"]
+    options: dict[str, Any] = {key: value for key, value in METHODS[method].items() if value is not None}
+    if method != "bf16":
+        config = config | {"quantization_config": MODELOPT}
+    if method == "nvfp4-plugin":
+        options["additional_config"] = {"nvfp4": {"activation": job["activation"]}}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        start = time.perf_counter()
+        engine = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            max_model_len=4096,
+            max_num_seqs=max(BATCHES),
+            gpu_memory_utilization=0.9,
+            compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
+            **options,
+        )
+        started = time.perf_counter() - start
+        rates = {f"decode, batch {batch}": _decode_rate(engine, batch, config["vocab_size"]) for batch in BATCHES}
+        rows, length = PREFILL
+        seconds = statistics.median(_seconds(engine, rows, length, 1, config["vocab_size"]) for _ in range(4))
+        rates[f"prefill {rows} x {length}"] = rows * length / seconds
+    print(json_line({"tokens_per_second": rates, "seconds_to_start": started}), flush=True)
+
+
+def _decode_rate(engine: Any, batch: int, vocabulary: int) -> float:
+    """Tokens/s after the first token: what the prompt costs is taken off."""
+    _seconds(engine, batch, 16, 8, vocabulary)
+    first = statistics.median(_seconds(engine, batch, 16, 1, vocabulary) for _ in range(3))
+    whole = statistics.median(_seconds(engine, batch, 16, 1 + DECODE_TOKENS, vocabulary) for _ in range(2))
+    return batch * DECODE_TOKENS / (whole - first)
+
+
+def _seconds(engine: Any, rows: int, length: int, tokens: int, vocabulary: int) -> float:
+    import random
+
+    from vllm import SamplingParams
+
+    prompts: Sequence[Any] = [
+        {"prompt_token_ids": [random.randrange(10, vocabulary - 10) for _ in range(length)]} for _ in range(rows)
+    ]
+    params = SamplingParams(max_tokens=tokens, min_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
+    start = time.perf_counter()
+    engine.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,0 +1,340 @@
+"""The frame of `nvfp4 bench`: times callables and shows the times as a table, as JSON and as a plot.
+
+A benchmark is a typer command (registered in `bench.py`) that makes `Case`s and gives them to `run`:
+
+    def quantize(json: JsonOption = False, plot: PlotOption = None, device: DeviceOption = "auto",
+                 repeats: RepeatsOption = 30) -> None:
+        where = benchmark.pick_device(device)
+        cases = [Case({"M": m, "K": 4096}, name, setup=partial(_setup, name, m, where), bytes=...) for m in ... for name in ...]
+        benchmark.run("Per-token quantization", cases, where, json=json, plot=plot, repeats=repeats)
+
+A case is one cell of the table: its `point` makes the row, its `name` the column, in the order in which they first come
+up. `setup` runs just before its case is timed and gives callables that do the same work over *distinct* buffers; a cycle
+over them keeps the caches as cold as in a model (`rotation` says how many buffers that takes). What a setup allocates
+is freed before the next one runs. A setup that cannot serve its point raises `Unavailable("why")`: the cell stays
+empty and the reason stands under the table.
+
+Times are medians. On a GPU: CUDA-graph replays between CUDA events, so that launches cost nothing (a call that cannot
+be captured is timed eagerly, and the result says so); on the CPU: time.perf_counter.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+Call = Callable[[], object]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a plot to this PNG file.", dir_okay=False)]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Timed repetitions; the median counts.")]
+
+
+class Unavailable(Exception):
+    """A case that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time."""
+
+    point: Mapping[str, str | int]
+    """The row: what varies over the table, `{"layer": "qkv", "M": 16}`."""
+    name: str
+    """The column: which implementation."""
+    setup: Callable[[], Sequence[Call]]
+    """Makes the callables, each over its own buffers. Raises Unavailable."""
+    bytes: int = 0
+    """Bytes that one call has to move; 0 where bandwidth says nothing."""
+    flops: int = 0
+    """Floating-point operations of one call; 0 where throughput says nothing."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, and how they were taken: "cuda graph", "cuda events" or "perf_counter"."""
+
+    seconds: float
+    timer: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The outcome of a case: a timing, or the reason why there is none."""
+
+    case: Case
+    timing: Timing | None
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The case's point and name, microseconds, and GB/s and TFLOP/s where the case tells bytes and flops."""
+        result: dict[str, Any] = {**self.case.point, "name": self.case.name}
+        if self.timing is None:
+            return result | {"unavailable": self.reason}
+        result |= {"microseconds": self.timing.seconds * 1e6, "timer": self.timing.timer}
+        if self.case.bytes:
+            result["GB/s"] = self.case.bytes / self.timing.seconds / 1e9
+        if self.case.flops:
+            result["TFLOP/s"] = self.case.flops / self.timing.seconds / 1e12
+        return result
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a --device option names; "auto" is the current CUDA device, or the CPU where there is none."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise typer.BadParameter(f"got {name!r}; allowed: auto, cpu, cuda, cuda:N", param_hint="--device") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(
+            f"got {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here",
+            param_hint="--device",
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: "NVIDIA H100 80GB HBM3", or the processor's model name."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = device.type
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def rotation(nbytes: int, device: torch.device, limit: int = 64) -> int:
+    """How many copies of a buffer of `nbytes` a cycle needs so that each is cold when its turn comes: 4 x the L2 cache."""
+    import torch
+
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
+    return max(1, min(limit, -(-4 * cache // max(nbytes, 1))))
+
+
+def time_calls(calls: Sequence[Call], device: torch.device, repeats: int = 30) -> Timing:
+    """Median time of one call out of a cycle over `calls`, after a warm-up of one cycle."""
+    if device.type == "cuda":
+        return _time_cuda(calls, device, repeats)
+    for call in calls:
+        call()
+    seconds = []
+    for repeat in range(repeats):
+        call = calls[repeat % len(calls)]
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return Timing(statistics.median(seconds), "perf_counter")
+
+
+def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Timing:
+    import torch
+
+    # A replay holds at least 16 calls, so that the events' own resolution does not count.
+    cycles = max(1, 16 // len(calls))
+
+    def cycle() -> None:
+        for _ in range(cycles):
+            for call in calls:
+                call()
+
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # capture wants a warm-up (compilation, workspaces) off the default stream
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                cycle()
+            replay, timer = graph.replay, "cuda graph"
+        except RuntimeError:
+            torch.cuda.synchronize()
+            replay, timer = cycle, "cuda events"
+        replay()
+        torch.cuda.synchronize()
+        milliseconds = []
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            milliseconds.append(start.elapsed_time(end))
+    return Timing(statistics.median(milliseconds) * 1e-3 / (cycles * len(calls)), timer)
+
+
+def run(
+    title: str,
+    cases: Iterable[Case],
+    device: torch.device,
+    *,
+    json: bool = False,
+    plot: Path | None = None,
+    repeats: int = 30,
+) -> list[Measurement]:
+    """Time the cases, print them, write the plot. Progress goes to standard error."""
+    cases = list(cases)
+    measurements = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=len(cases))
+        for case in cases:
+            progress.update(task, description=f"{_label(case.point)} {case.name}")
+            measurements.append(_measure(case, device, repeats))
+            progress.advance(task)
+    if json:
+        json_module.dump(_document(title, device, repeats, measurements), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        console = Console()
+        console.print(table(title, device, measurements))
+        for note in _notes(measurements):
+            console.print(note, style="dim", markup=False, highlight=False)
+    if plot is not None:
+        _plot(title, device, measurements, plot)
+        Console(stderr=True).print(f"Plot written to {plot}", markup=False, highlight=False)
+    return measurements
+
+
+def _measure(case: Case, device: torch.device, repeats: int) -> Measurement:
+    import torch
+
+    try:
+        return Measurement(case, time_calls(case.setup(), device, repeats))
+    except Unavailable as reason:
+        return Measurement(case, None, str(reason))
+    except torch.OutOfMemoryError:
+        return Measurement(case, None, "out of memory")
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _columns(measurements: Sequence[Measurement]) -> list[str]:
+    return list(dict.fromkeys(m.case.name for m in measurements))
+
+
+def _rows(measurements: Sequence[Measurement]) -> list[dict[str, Measurement]]:
+    rows: dict[tuple[tuple[str, str | int], ...], dict[str, Measurement]] = {}
+    for m in measurements:
+        rows.setdefault(tuple(m.case.point.items()), {})[m.case.name] = m
+    return list(rows.values())
+
+
+def _label(point: Mapping[str, str | int]) -> str:
+    return " ".join(value if isinstance(value, str) else f"{key}={value}" for key, value in point.items())
+
+
+def table(title: str, device: torch.device, measurements: Sequence[Measurement]) -> Table:
+    """Rows by point, columns by name, microseconds; the fastest of a row is bold. The first column's rate stands last."""
+    names = _columns(measurements)
+    result = Table(title=f"{title} - {device_name(device)}", caption="microseconds, medians", title_justify="left")
+    for key in measurements[0].case.point if measurements else ():
+        result.add_column(key, justify="left")
+    for name in names:
+        result.add_column(name, justify="right", overflow="fold")
+    rates = [rate for rate in ("GB/s", "TFLOP/s") if any(rate in m.as_dict() for m in measurements)]
+    for rate in rates:
+        result.add_column(f"{rate} ({names[0]})", justify="right", overflow="fold", style="dim")
+    for row in _rows(measurements):
+        times = {name: m.timing.seconds for name, m in row.items() if m.timing}
+        cells = [str(value) for value in next(iter(row.values())).case.point.values()]
+        for name in names:
+            text = f"{times[name] * 1e6:,.1f}" if name in times else "-"
+            cells.append(f"[bold]{text}[/bold]" if name in times and times[name] == min(times.values()) else text)
+        first = row[names[0]].as_dict() if names[0] in row else {}
+        cells += [f"{first[rate]:,.3g}" if rate in first else "-" for rate in rates]
+        result.add_row(*cells)
+    return result
+
+
+def _notes(measurements: Sequence[Measurement]) -> list[str]:
+    """What a reader of the table has to know: why cells are empty, which times hold launches."""
+    reasons = dict.fromkeys(f"- {m.case.name}: {m.reason}" for m in measurements if m.timing is None)
+    eager = dict.fromkeys(
+        f"* {m.case.name}: cannot be captured into a CUDA graph, timed with its launches"
+        for m in measurements
+        if m.timing and m.timing.timer == "cuda events"
+    )
+    return [*reasons, *eager]
+
+
+def _document(title: str, device: torch.device, repeats: int, measurements: Sequence[Measurement]) -> dict[str, Any]:
+    from nvfp4_plugin.cli.environment import versions
+
+    return {
+        "title": title,
+        "device": device_name(device),
+        "versions": versions(),
+        "repeats": repeats,
+        "measurements": [m.as_dict() for m in measurements],
+    }
+
+
+def _plot(title: str, device: torch.device, measurements: Sequence[Measurement], path: Path) -> None:
+    """One panel for each value of the string keys of the points; the last integer key runs along x."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise typer.BadParameter("needs matplotlib: pip install 'nvfp4-plugin[bench]'", param_hint="--plot") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [m for m in measurements if m.timing]
+    axis = next((key for m in timed for key, value in reversed(list(m.case.point.items())) if isinstance(value, int)), None)
+    panels: dict[str, dict[str, list[tuple[int | str, float]]]] = {}
+    for m in timed:
+        rest = _label({key: value for key, value in m.case.point.items() if key != axis})
+        x = m.case.point[axis] if axis is not None else m.case.name
+        assert m.timing
+        panels.setdefault(rest, {}).setdefault(m.case.name, []).append((x, m.timing.seconds * 1e6))
+    columns = max(1, min(3, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False)
+    for unused in axes.flat[len(panels) :]:
+        unused.set_visible(False)
+    for panel, (label, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in lines.items():
+            panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        if axis is not None:
+            panel.set_xscale("log", base=2)
+            ticks = sorted({x for points in lines.values() for x, _ in points})
+            panel.set_xticks(ticks, labels=[f"{x:,}" for x in ticks], rotation=45 if len(ticks) > 6 else 0)
+            panel.minorticks_off()
+        panel.set_yscale("log")
+        panel.set_xlabel(axis or "")
+        panel.set_ylabel("microseconds")
+        panel.set_title(label)
+        panel.grid(True, which="both", alpha=0.3)
+    if panels:
+        axes.flat[0].legend()
+    figure.suptitle(f"{title} - {device_name(device)}")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,181 @@
+"""`nvfp4 quantize`: a bf16 checkpoint to an NVFP4 checkpoint in ModelOpt's form."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nvfp4_configs import Nvfp4Config, recipe_names
+from nvfp4_plugin.cli.benchmark import DeviceOption, pick_device
+from nvfp4_plugin.cli.checkpoint import Checkpoint, CheckpointError, sqnr, warn_unmatched
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help=f"{', '.join(recipe_names())}, or a .yaml file; else NVFP4_CONFIG.")
+]
+SearchOption = Annotated[str | None, typer.Option("--scale-search", help="mse, four_over_six or absmax.")]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option("--ignore", help="A module to leave alone: name, glob or re:...; repeatable.")
+]
+HeadOption = Annotated[bool, typer.Option("--lm-head", help="Quantize the language-model head too.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a bf16 checkpoint.", exists=True)]
+
+
+def options(recipe: str | None, scale_search: str | None, ignore: list[str] | None, lm_head: bool) -> Nvfp4Config:
+    """The options of a command: those given win over the recipe, which wins over NVFP4_CONFIG."""
+    given: dict[str, Any] = {"recipe": recipe, "scale_search": scale_search, "ignore": ignore, "lm_head": lm_head or None}
+    given = {key: value for key, value in given.items() if value is not None}
+    try:
+        return Nvfp4Config.resolve(additional=given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).replace("--additional-config nvfp4: ", "")) from None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `quantize_checkpoint` did. Bytes are those of the quantized layers alone."""
+
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    mean_sqnr: float
+    """dB, over the layers that lost anything."""
+
+
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist, or be empty.")],
+    recipe: RecipeOption = None,
+    scale_search: SearchOption = None,
+    ignore: IgnoreOption = None,
+    lm_head: HeadOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Quantize a checkpoint once, to serve it many times: ModelOpt's form, which vLLM and SGLang load as it is."""
+    config = options(recipe, scale_search, ignore, lm_head)
+    errors = Console(stderr=True)
+    try:
+        summary = quantize_checkpoint(model, out, config, pick_device(device), errors)
+    except CheckpointError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    Console().print(
+        f"{summary.layers} layers, {summary.bytes_before / 2**20:,.1f} MiB -> {summary.bytes_after / 2**20:,.1f} MiB, "
+        f"mean SQNR {summary.mean_sqnr:.2f} dB. Written to {out}; serve it with --quantization nvfp4",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def quantize_checkpoint(model: Path, out: Path, config: Nvfp4Config, device: Any, console: Console) -> Summary:
+    """Write `model` quantized under `config` to `out`, one safetensors file at a time; nothing is left of a failed try.
+
+    Projections that run fused (q, k and v; gate and up) share one global scale, so that frameworks that keep a single one
+    for the fused matrix load the checkpoint without loss. Raises CheckpointError naming tensor and file.
+    """
+    source = Checkpoint(model)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists; allowed: a folder that does not, or an empty one")
+    for warning in warn_unmatched(config, source):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    layers = source.linear_weights(config)
+    if not layers:
+        raise CheckpointError(f"{model}: found no linear layer to quantize under {config}")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        summary = _write(source, partial, config, layers, device, console)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return summary
+
+
+def _write(
+    source: Checkpoint, out: Path, config: Nvfp4Config, layers: dict[str, str], device: Any, console: Console
+) -> Summary:
+    from safetensors.torch import save_file
+
+    before = after = total = 0
+    noise: list[float] = []
+    weight_map: dict[str, str] = {}
+    global_scales: dict[str, Any] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("quantizing", total=len(layers))
+        for file in source.files:
+            shard: dict[str, Any] = {}
+            for name, tensor in source.tensors(file):
+                module = name.removesuffix(".weight")
+                if module not in layers or name == module:
+                    shard[name] = tensor
+                    continue
+                weight = tensor.to(device)
+                if module not in global_scales:
+                    global_scales |= _shared_global_scale(source, module, config, device)
+                quantized = source.quantize(module, config, weight, global_scales[module])
+                shard[f"{module}.weight"] = quantized.data.cpu()
+                shard[f"{module}.weight_scale"] = quantized.scales.cpu()
+                shard[f"{module}.weight_scale_2"] = quantized.global_scale.cpu()
+                before += tensor.nbytes
+                after += quantized.nbytes
+                noise.append(sqnr(weight, quantized))
+                progress.update(task, advance=1, description=module)
+            save_file(shard, out / file.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file.name)
+            total += sum(tensor.nbytes for tensor in shard.values())
+    for path in source.folder.iterdir():  # the tokenizer and whatever else belongs to the model
+        if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
+            shutil.copy2(path, out / path.name)
+    if len(source.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    model_config = source.config | {"quantization_config": quantization_config(source, config)}
+    (out / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
+    finite = [value for value in noise if math.isfinite(value)]
+    return Summary(len(layers), before, after, sum(finite) / len(finite) if finite else math.inf)
+
+
+def quantization_config(source: Checkpoint, config: Nvfp4Config) -> dict[str, Any]:
+    """ModelOpt's entry for config.json: weights in NVFP4, no static activation scales."""
+    left_alone = set(source.left_alone(config))
+    if not config.lm_head:
+        left_alone.add("lm_head")  # a tied head has no tensor of its own
+    weights = {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": sorted(left_alone),
+        "producer": {"name": "nvfp4-plugin"},
+    }
+
+
+def _shared_global_scale(source: Checkpoint, module: str, config: Nvfp4Config, device: Any) -> dict[str, Any]:
+    """Module -> global scale, for `module` and those that run fused with it; None (its own) where it runs alone."""
+    import torch
+
+    partners = [partner for partner in source.partners(module) if not config.ignores(partner)]
+    if len(partners) < 2:
+        return {module: None}
+    # The scale that `quantize_weight` gives the largest of them: its rule then lives in one place.
+    largest: torch.Tensor | None = None
+    for partner in partners:
+        extreme = torch.zeros(1, 16)
+        extreme[0, 0] = source.tensor(f"{partner}.weight").abs().amax().to(torch.float32)
+        scale = source.quantize(partner, config, extreme).global_scale
+        # A matrix of zeros has the scale 1, which says nothing.
+        if extreme.any() and (largest is None or scale > largest):
+            largest = scale
+    return dict.fromkeys(partners, None if largest is None else largest.to(device))
