@@ -83,6 +83,8 @@ class Nvfp4Config(BaseModel):
         checkpoint: Mapping[str, Any] | None = None,
         additional: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        *,
+        channel: str = "--additional-config nvfp4",
     ) -> Nvfp4Config:
         """The options of one run, merged key by key from every channel; a later channel wins.
 
@@ -90,7 +92,8 @@ class Nvfp4Config(BaseModel):
         2. `checkpoint`: the checkpoint's `quantization_config` (vLLM's `--hf-overrides` too). With
            `"quant_method": "nvfp4"` every other key is an option; in a ModelOpt or compressed-tensors dict the options
            stand under the key `nvfp4` (its own `ignore` belongs to `CheckpointFormat`).
-        3. `additional`: the value under `nvfp4` in vLLM's `--additional-config '{"nvfp4": {...}}'`.
+        3. `additional`: the value under `nvfp4` in vLLM's `--additional-config '{"nvfp4": {...}}'` or SGLang's
+           `--json-model-override-args '{"nvfp4": {...}}'`; `channel` says which, for messages.
 
         In 2 and 3 the key `recipe` names a recipe or file whose keys come first. `env` defaults to os.environ.
         ValueError naming the channel, the key, what came and what is allowed.
@@ -100,7 +103,7 @@ class Nvfp4Config(BaseModel):
         if named := env.get(CONFIG_ENV):
             merged |= _read_recipe(named, f"{CONFIG_ENV}={named}")
         merged |= _read_options(checkpoint_options(checkpoint), "quantization_config")
-        merged |= _read_options(additional, "--additional-config nvfp4")
+        merged |= _read_options(additional, channel)
         return _validated(merged)
 
 
