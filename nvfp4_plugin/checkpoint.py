@@ -32,6 +32,11 @@ class TensorNames:
     divides: bool
     """Whether the two global scales are encode scales (the value is divided by them) instead of decode scales."""
 
+    @property
+    def dummy_scale(self) -> float:
+        """What stands for a global or input scale where weights are random: outputs stay finite through many layers."""
+        return 100.0 if self.divides else 0.01
+
     def decode(self, global_scale: torch.Tensor) -> torch.Tensor:
         """Stored global scales as fp32 decode scales."""
         global_scale = global_scale.to(torch.float32)
@@ -93,6 +98,10 @@ class CheckpointIndex:
         """`tensor` with its file, for a message."""
         file = self.file_of(tensor)
         return f"{tensor} ({file})" if file else tensor
+
+    def holds(self, module: str) -> bool:
+        """Whether the checkpoint has a weight of `module`, quantized or not."""
+        return any(f"{module}.{names.weight}" in self.tensors for names in (MODELOPT, COMPRESSED_TENSORS))
 
     def is_quantized(self, module: str) -> bool:
         """Whether the checkpoint holds `module` in NVFP4."""
