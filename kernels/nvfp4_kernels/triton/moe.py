@@ -1,0 +1,130 @@
+"""Mixture-of-experts layer on the GPU: route, permute and quantize, grouped GEMM 1 with its activation function, quantize,
+grouped GEMM 2, weighted un-permute. Every step's launch is known from shapes alone, so that the layer captures into CUDA
+graphs; the routing decides which programs have work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .moe_combine import combine
+from .moe_gemm import ExpertWeights, grouped_gemm
+from .moe_operand import operand
+from .moe_routing import route
+
+_CHUNK_SLOTS = 1 << 17  # (token, slot) pairs served at once: bounds the permuted buffers
+
+
+def _block_m(slots: int, experts: int) -> int:
+    """Rows of a tile: about the slots of an expert."""
+    mean = slots / experts
+    return 16 if mean <= 16 else 32 if mean <= 48 else 64 if mean <= 96 else 128
+
+
+def _expert_weights(
+    activation: str,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    fp8_fold: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> ExpertWeights:
+    return ExpertWeights(
+        data.contiguous(),
+        scales.contiguous(),
+        row_scale.contiguous(),
+        fp8_fold.contiguous() if fp8_fold is not None and activation == "fp8_per_token" else None,
+        input_scale.contiguous() if input_scale is not None and activation == "nvfp4_per_tensor" else None,
+        None if bias is None else bias.contiguous(),
+    )
+
+
+def fused_moe(
+    x: torch.Tensor,
+    w13_data: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w13_row_scale: torch.Tensor,
+    w2_data: torch.Tensor,
+    w2_scales: torch.Tensor,
+    w2_row_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str,
+    act_fn: str = "silu",
+    w13_fp8_fold: torch.Tensor | None = None,
+    w2_fp8_fold: torch.Tensor | None = None,
+    w13_input_scale: torch.Tensor | None = None,
+    w2_input_scale: torch.Tensor | None = None,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> torch.Tensor:
+    """As `reference.moe.fused_moe`; x fp16 or bf16."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"x: got {x.dtype} on {x.device}, allowed are float16 and bfloat16; backend 'reference' takes float32")
+    tokens, top_k = topk_ids.shape
+    out = torch.empty((tokens, w2_data.shape[1]), dtype=x.dtype, device=x.device)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    w13 = _expert_weights(activation, w13_data, w13_scales, w13_row_scale, w13_fp8_fold, w13_input_scale, w13_bias)
+    w2 = _expert_weights(activation, w2_data, w2_scales, w2_row_scale, w2_fp8_fold, w2_input_scale, w2_bias)
+    topk_weights = topk_weights.contiguous()
+    step = max(1, _CHUNK_SLOTS // max(top_k, 1))
+    for start in range(0, tokens, step):
+        chunk = slice(start, start + step)
+        _forward(
+            x[chunk],
+            w13,
+            w2,
+            topk_weights[chunk],
+            topk_ids[chunk],
+            out[chunk],
+            activation,
+            act_fn,
+            expert_map,
+            apply_router_weight_on_input,
+        )
+    return out
+
+
+def _forward(
+    x: torch.Tensor,
+    w13: ExpertWeights,
+    w2: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    activation: str,
+    act_fn: str,
+    expert_map: torch.Tensor | None,
+    weights_on_input: bool,
+) -> None:
+    """One chunk of tokens, into `out`."""
+    experts = w13.data.shape[0]
+    block_m = _block_m(topk_ids.numel(), experts)
+    routing = route(topk_ids, experts, block_m, expert_map)
+    if len(routing.tile_to_expert) == 0:
+        out.zero_()
+        return
+    # Rows of a token that are all the same are gathered by the GEMM; those with a weight or scale of their own are copied.
+    permute = weights_on_input or (w13.input_scale is not None and w13.input_scale.numel() > 1)
+    a, a_scale = x, None
+    if permute or activation != "none":
+        a, a_scale = operand(
+            x,
+            activation,
+            input_scale=w13.input_scale,
+            routing=routing if permute else None,
+            permute=permute,
+            topk_weights=topk_weights if weights_on_input else None,
+            block_m=block_m,
+        )
+    h = grouped_gemm(a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, gather=not permute, act_fn=act_fn)
+    h_scale = None
+    if activation != "none":
+        h, h_scale = operand(h, activation, input_scale=w2.input_scale, routing=routing, block_m=block_m)
+    y = grouped_gemm(h, h_scale, w2, routing, dtype=x.dtype, block_m=block_m, gather=False)
+    combine(y, routing, None if weights_on_input else topk_weights, out)
