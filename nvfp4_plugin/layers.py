@@ -6,7 +6,7 @@ A fused layer (qkv, gate and up) keeps the global scale of each of its logical m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -20,11 +20,6 @@ ReduceMax = Callable[[torch.Tensor], torch.Tensor]
 """Takes amax values, fp32, to their maximum over the ranks that hold shards of the same matrix."""
 Describe = Callable[[str], str]
 """Adds to a tensor's name the file that it came from."""
-
-_SUFFIXES = {
-    field.name: {"data": "", "scales": "_scale"}.get(field.name, f"_{field.name}") for field in dataclasses.fields(Nvfp4Weight)
-}
-"""Field of Nvfp4Weight -> what its parameter is called after the layer's `weight`."""
 
 
 def check_input_size(name: str, k: int, ranks: int = 1) -> None:
@@ -258,23 +253,39 @@ def unloaded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 # A layer's parameters
 
 
-def install(layer: torch.nn.Module, prefix: str, weight: Nvfp4Weight) -> None:
-    """Make the tensors of `weight` parameters of `layer`: `prefix`, `prefix`_scale, `prefix`_global_scale and so on.
+def parameter_names(names: TensorNames, prefix: str = "") -> dict[str, str]:
+    """Field of Nvfp4Weight -> parameter of a layer. Codes and scales keep the names that they have in the checkpoint, so that
+    a framework finds them there again when it reloads; what is derived from them gets names of its own."""
+    own = {"data": names.weight, "scales": names.scale, "global_scale": "weight_decode_scale"}
+    return {field.name: prefix + own.get(field.name, f"weight_{field.name}") for field in dataclasses.fields(Nvfp4Weight)}
+
+
+def install(layer: torch.nn.Module, weight: Nvfp4Weight, names: Mapping[str, str]) -> None:
+    """Make the tensors of `weight` parameters of `layer`, called as `parameter_names` says.
 
     As parameters they move, are counted and are refreshed on a reload as any other weight of the framework is.
     """
-    for field, suffix in _SUFFIXES.items():
-        set_parameter(layer, prefix + suffix, getattr(weight, field))
+    for field, name in names.items():
+        set_parameter(layer, name, getattr(weight, field))
 
 
 def set_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-    """Replace the parameter `name` of `layer`; None takes it away."""
-    if name in layer._parameters:
+    """Replace the parameter `name` of `layer`, but for its weight loader; a parameter that holds `tensor` already stays."""
+    old = layer._parameters.get(name)
+    if tensor is None:
+        layer.register_parameter(name, None)
+        return
+    if old is not None and old.shape == tensor.shape and not old.is_meta and old.data_ptr() == tensor.data_ptr():
+        return
+    parameter = torch.nn.Parameter(tensor, requires_grad=False)
+    if hasattr(old, "weight_loader"):
+        # More may come for a layer that is whole: the experts of other ranks, which the loader passes over.
+        parameter.weight_loader = old.weight_loader  # type: ignore[union-attr,attr-defined]
+    if old is not None:
         delattr(layer, name)
-    parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
     layer.register_parameter(name, parameter)
 
 
-def installed(layer: torch.nn.Module, prefix: str) -> Nvfp4Weight:
+def installed(layer: torch.nn.Module, names: Mapping[str, str]) -> Nvfp4Weight:
     """The weight that `install` took apart."""
-    return Nvfp4Weight(**{field: getattr(layer, prefix + suffix) for field, suffix in _SUFFIXES.items()})
+    return Nvfp4Weight(**{field: getattr(layer, name) for field, name in names.items()})

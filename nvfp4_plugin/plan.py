@@ -9,12 +9,15 @@ from typing import Any
 from nvfp4_configs import CheckpointFormat, Nvfp4Config, PackedModules
 from nvfp4_configs.patterns import parts_of
 
-from .checkpoint import CheckpointIndex, TensorNames, tensor_names
+from .checkpoint import MODELOPT, CheckpointIndex, TensorNames, tensor_names
 
 logger = logging.getLogger("nvfp4_plugin")
 
 ROUTERS = ("gate", "router", "shared_expert_gate", "shared_experts_gate")
 """Last components of the layers that choose experts or weigh the shared one: small, and a wrong choice costs much."""
+
+EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What checkpoints call an expert's gate, up and down projections."""
 
 
 def is_router(name: str) -> bool:
@@ -30,12 +33,15 @@ def expert_parts(experts: int, projections: Sequence[str]) -> list[str]:
 class QuantizationPlan:
     """The options of one model and what its checkpoint holds.
 
-    `quantization_config` is the checkpoint's dict, or None for one that is not quantized. ValueError where it asks for
-    something that cannot be served.
+    `quantization_config` is the checkpoint's dict, or None for one that is not quantized; `channel` is how a user gives the
+    framework options for this plugin. ValueError where it asks for something that cannot be served.
     """
 
-    def __init__(self, quantization_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, quantization_config: Mapping[str, Any] | None = None, channel: str = "--additional-config nvfp4"
+    ) -> None:
         self._quantization_config = quantization_config
+        self._channel = channel
         self._format = None if quantization_config is None else CheckpointFormat.parse(quantization_config)
         self._options: Nvfp4Config | None = None
         self._rename: Callable[[list[str]], list[str]] | None = None
@@ -57,8 +63,8 @@ class QuantizationPlan:
 
     @property
     def names(self) -> TensorNames:
-        """The tensor names of a quantized checkpoint."""
-        return tensor_names(self.format)
+        """The tensor names of the checkpoint; of ModelOpt, for what is quantized online."""
+        return MODELOPT if self.online else tensor_names(self.format)
 
     @property
     def options(self) -> Nvfp4Config:
@@ -73,7 +79,7 @@ class QuantizationPlan:
 
     def configure(self, additional: Mapping[str, Any] | None = None) -> None:
         """Resolve the options; `additional` is what the framework's command line holds for this plugin."""
-        options = Nvfp4Config.resolve(self._quantization_config, additional)
+        options = Nvfp4Config.resolve(self._quantization_config, additional, channel=self._channel)
         if options.activation == "nvfp4_per_tensor" and not self.static_activations:
             holder = "a checkpoint that is not quantized" if self.online else "this weight-only checkpoint"
             raise ValueError(
@@ -105,7 +111,7 @@ class QuantizationPlan:
             raise ValueError(
                 f"quantization_config says that the weights are not quantized, but {quantized[0]} and {len(quantized) - 1} "
                 f"other modules of {model} are in NVFP4: leave the checkpoint's own quantization_config in place and give "
-                "options through --additional-config"
+                f"options through {self._channel}"
             )
 
     def rename(self, mapper: Callable[[list[str]], list[str]]) -> None:
@@ -169,6 +175,13 @@ class QuantizationPlan:
         """The checkpoint's names of the `count` logical matrices of the module `name`, for messages."""
         parts = parts_of(name, packed)
         return parts if len(parts) == count else [name] * count
+
+    def expert_projections(self, name: str) -> tuple[str, str, str]:
+        """What the checkpoint calls the gate, up and down projections of the routed experts `name`."""
+        for projections in EXPERT_PROJECTIONS:
+            if self._index is not None and self._index.holds(f"{name}.0.{projections[0]}"):
+                return projections
+        return EXPERT_PROJECTIONS[0]
 
     def describe(self, tensor: str) -> str:
         """`tensor`, with its file where that is known."""

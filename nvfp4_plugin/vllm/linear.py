@@ -24,8 +24,6 @@ from ..plan import QuantizationPlan
 
 Layer = Any
 """A module of vLLM's. To a type checker its attributes, which come as it is built, would be tensors or modules."""
-DUMMY_SCALE = 0.01
-"""What load_format="dummy" puts into global and input scales: outputs stay finite through any number of layers."""
 
 
 def loads_dummy_weights() -> bool:
@@ -69,13 +67,14 @@ def _load_plain(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, 
 
 
 class _LinearMethod(LinearMethodBase):
-    """What both methods share: the forward pass, and the parameters `weight*` that it reads."""
+    """What both methods share: the forward pass, and the parameters that it reads."""
 
     def __init__(self, plan: QuantizationPlan, prefix: str, packed: PackedModules) -> None:
         self.plan = plan
         self.prefix = prefix
         self._packed = packed
         self._dummy = loads_dummy_weights()
+        self._names = layers.parameter_names(plan.names)
         # Plain strings: torch.compile traces what `apply` reads.
         self._activation: str = plan.options.activation
         self._backend: str = plan.options.backend
@@ -92,16 +91,16 @@ class _LinearMethod(LinearMethodBase):
         return self.plan.part_names(self.prefix, len(layer.logical_widths), self._packed)
 
     def _install(self, layer: Layer, weight: Nvfp4Weight, input_scale: torch.Tensor | None) -> None:
-        layers.install(layer, "weight", weight.prepared(self._activation))
-        layers.set_parameter(layer, "input_scale", input_scale)
+        layers.install(layer, weight.prepared(self._activation), self._names)
+        layers.set_parameter(layer, "input_decode_scale", input_scale)
         layer._already_called_process_weights_after_loading = True
 
     def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return nvfp4_linear(
             x,
-            layers.installed(layer, "weight"),
+            layers.installed(layer, self._names),
             activation=self._activation,
-            input_scale=layer.input_scale,
+            input_scale=layer.input_decode_scale,
             bias=bias,
             backend=self._backend,
         )
@@ -142,7 +141,7 @@ class Nvfp4LinearMethod(_LinearMethod):
             scalar = PerTensorScaleParameter(
                 data=layers.unloaded(len(output_partition_sizes), dtype=torch.float32), weight_loader=loader
             )
-            set_weight_attrs(scalar, {"dummy_weight_value": 1 / DUMMY_SCALE if names.divides else DUMMY_SCALE})
+            set_weight_attrs(scalar, {"dummy_weight_value": names.dummy_scale})
             layer.register_parameter(name, scalar)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
@@ -163,8 +162,6 @@ class Nvfp4LinearMethod(_LinearMethod):
         if self.plan.uses_input_scales:
             stored = getattr(layer, names.input_scale).data[None]
             input_scale = layers.load_input_scales(stored, lambda _: parts, names, describe=self.plan.describe)
-        for name in (names.weight, names.scale, names.global_scale, names.input_scale):
-            layers.set_parameter(layer, name, None)
         self._install(layer, weight, input_scale)
 
 

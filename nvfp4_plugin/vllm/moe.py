@@ -22,16 +22,17 @@ from nvfp4_kernels.reference.moe import ACT_FNS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LI
 
 from .. import layers
 from ..plan import QuantizationPlan
-from .linear import DUMMY_SCALE, Layer, check_loaded, codes, loads_dummy_weights
+from .linear import Layer, check_loaded, codes, loads_dummy_weights
 
 
 class _MoEMethod(FusedMoEMethodBase):
-    """What both methods share: the forward pass, and the parameters `w13_weight*` and `w2_weight*` that it reads."""
+    """What both methods share: the forward pass, and the parameters that it reads."""
 
     def __init__(self, plan: QuantizationPlan, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
         self.plan = plan
         self._dummy = loads_dummy_weights()
+        self._names = {prefix: layers.parameter_names(plan.names, f"{prefix}_") for prefix in ("w13", "w2")}
         # Plain strings: torch.compile may trace what `apply` reads.
         self._activation: str = plan.options.activation
         self._backend: str = plan.options.backend
@@ -77,8 +78,8 @@ class _MoEMethod(FusedMoEMethodBase):
         return lambda expert: [f"{layer.layer_name}.{global_ids[expert]}.{name}" for name in projections]
 
     def _install(self, layer: Layer, prefix: str, weight: Nvfp4Weight, input_scale: torch.Tensor | None) -> None:
-        layers.install(layer, f"{prefix}_weight", weight.prepared(self._activation))
-        layers.set_parameter(layer, f"{prefix}_input_scale", input_scale)
+        layers.install(layer, weight.prepared(self._activation), self._names[prefix])
+        layers.set_parameter(layer, f"{prefix}_input_decode_scale", input_scale)
 
     def apply(  # type: ignore[override]
         self,
@@ -92,11 +93,11 @@ class _MoEMethod(FusedMoEMethodBase):
         # Shared experts are for kernels that overlap them with communication; vLLM runs them itself otherwise.
         input_scales = None
         if self.plan.uses_input_scales:
-            input_scales = (layer.w13_input_scale, layer.w2_input_scale)
+            input_scales = (layer.w13_input_decode_scale, layer.w2_input_decode_scale)
         return nvfp4_fused_moe(
             x,
-            layers.installed(layer, "w13_weight"),
-            layers.installed(layer, "w2_weight"),
+            layers.installed(layer, self._names["w13"]),
+            layers.installed(layer, self._names["w2"]),
             topk_weights,
             topk_ids,
             activation=self._activation,
@@ -147,7 +148,7 @@ class Nvfp4MoEMethod(_MoEMethod):
             tensor_attrs = {
                 **extra_weight_attrs,
                 "weight_loader": MethodType(_load_scalar, layer),
-                "dummy_weight_value": 1 / DUMMY_SCALE if names.divides else DUMMY_SCALE,
+                "dummy_weight_value": names.dummy_scale,
             }
             for name in [names.global_scale, *([names.input_scale] if self.plan.static_activations else [])]:
                 scalar = layers.unloaded(*scalars, dtype=torch.float32)
@@ -182,8 +183,6 @@ class Nvfp4MoEMethod(_MoEMethod):
                 stored = getattr(layer, f"{prefix}_{names.input_scale}").data
                 stored = stored.view(stored.shape[0], -1)
                 input_scale = layers.load_input_scales(stored, parts, names, describe=self.plan.describe)
-            for name in (names.weight, names.scale, names.global_scale, names.input_scale):
-                layers.set_parameter(layer, f"{prefix}_{name}", None)
             self._install(layer, prefix, weight, input_scale)
         layer._already_called_process_weights_after_loading = True
 
