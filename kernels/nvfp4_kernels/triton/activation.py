@@ -1,0 +1,130 @@
+"""Activations made ready for the GEMMs, one pass each: per-token e4m3, decoded W4A4 codes, or x itself in another K order.
+
+`ORDER` is the order of K within chunks of 128 that the GEMM reads (see hopper.py): "natural", "16" for 16-bit operands, or
+"fp8" for e4m3 operands.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .numerics import arch_of
+
+_E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def source_column(column, ORDER: tl.constexpr):
+    """The column of x that stands at `column` of the prepared operand."""
+    chunk = column - column % 128
+    if ORDER == "16":  # word j1 j0 t h -> t word h j1 j0
+        word = column // 32 % 4
+        j = column // 8 % 4
+        thread = column // 2 % 4
+        return chunk + thread * 32 + word * 8 + column % 2 * 4 + j
+    if ORDER == "fp8":  # word half t q -> t word half q
+        word = column // 32 % 4
+        half = column // 16 % 2
+        thread = column // 4 % 4
+        source = chunk + thread * 32 + word * 8 + half * 4 + column % 4
+        return tl.max_contiguous(tl.multiple_of(source, 4), 4)
+    return column
+
+
+@triton.jit
+def round_e4m3(x):
+    """fp32 to the nearest e4m3 value, ties to even, saturating at 448; fp32 out, NaN stays NaN. For GPUs without fp8."""
+    magnitude = tl.abs(x)
+    # In the binade of p the grid has the step p / 8 (2^-9 below 2^-6). Adding and taking away 1.5 * 2^20 * p leaves just
+    # those bits.
+    binade = (magnitude.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    anchor = tl.minimum(tl.maximum(binade, 0.015625), 256.0) * 1572864.0
+    rounded = tl.minimum(magnitude + anchor - anchor, 448.0)
+    rounded = tl.where(x != x, x, rounded)
+    return tl.where(x < 0, -rounded, rounded)
+
+
+@triton.jit
+def _quantize_fp8_kernel(x_ptr, q_ptr, scale_ptr, stride, K, ORDER: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    x = tl.load(x_ptr + row * stride + source_column(column, ORDER), mask=inside, other=0.0).to(tl.float32)
+    amax = tl.max(tl.where(x != x, float("inf"), tl.abs(x)), axis=0)
+    scale = tl.div_rn(amax, 448.0)
+    value = tl.where(amax > 0, tl.div_rn(x, scale), x)
+    if FP8:
+        value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(q_ptr + row * K + column, value.to(tl.float8e4nv), mask=inside)
+    else:
+        tl.store(q_ptr + row * K + column, round_e4m3(value).to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] to e4m3 [M, K] in `order` and decode scales fp32 [M]; GPUs without fp8 get the same values in bf16."""
+    m, k = x.shape
+    fp8 = arch_of(x.device) >= 89
+    q = torch.empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(k)
+    _quantize_fp8_kernel[(m,)](
+        x, q, scale, x.stride(0), k, order, fp8, block, num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False
+    )
+    return q, scale
+
+
+@triton.jit
+def _permute_kernel(x_ptr, out_ptr, stride, K, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride + source_column(column, ORDER), mask=column < K)
+    tl.store(out_ptr + row * K + column, x, mask=column < K)
+
+
+def permute(x: torch.Tensor, order: str) -> torch.Tensor:
+    """x [M, K] with K in `order`."""
+    m, k = x.shape
+    out = torch.empty(m, k, dtype=x.dtype, device=x.device)
+    block = min(4096, triton.next_power_of_2(k))
+    _permute_kernel[(m, triton.cdiv(k, block))](x, out, x.stride(0), k, order, block, num_warps=8)
+    return out
+
+
+@triton.jit
+def decode_e2m1(code):
+    """A code (int32, 0..15) to its value in fp32."""
+    # s e e m -> the fp32 pattern of s * m * 2^e times 2^-126; subnormals are exact.
+    bits = (code & 8) << 28 | (code & 7) << 22
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """An e4m3 byte (int32, 0..255) to its value in fp32; NaN stays NaN. For GPUs without fp8, too."""
+    bits = (byte & 0x80) << 24 | (byte & 0x7F) << 20
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = source_column(column, ORDER)
+    inside = column < K
+    byte = tl.load(q_ptr + row * (K // 2) + source // 2, mask=inside, other=0).to(tl.int32)
+    sf = tl.load(sf_ptr + row * (K // 16) + source // 16, mask=inside, other=0).to(tl.int32)
+    value = decode_e2m1(byte >> (source % 2 * 4)) * decode_e4m3(sf)
+    tl.store(out_ptr + row * K + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def decode(q: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype, order: str) -> torch.Tensor:
+    """Codes uint8 [M, K/2] and linear scale bytes [M, K/16] to e2m1 * SF [M, K] in a 16-bit dtype, exactly, K in `order`."""
+    m, k = q.shape[0], q.shape[1] * 2
+    out = torch.empty(m, k, dtype=dtype, device=q.device)
+    block = min(4096, triton.next_power_of_2(k))
+    _decode_kernel[(m, triton.cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, num_warps=8)
+    return out

@@ -1,0 +1,196 @@
+"""Hopper GEMM for many rows: NVFP4 weights x e4m3 or 16-bit activations on wgmma, persistent tiles.
+
+Eight warps hold a tile of 128 output features x BM tokens. Weights (packed), scales and x come by bulk tensor copies into
+rings in shared memory, across tiles; a weight step is decoded in registers while the products of the last one run: one
+group of wgmma stays in flight.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .gluon_compat import thread_barrier, tma_load, tma_store_wait
+from .hopper import (
+    decode_16,
+    decode_fp8,
+    fold_pairs,
+    halves,
+    partial_offsets,
+    scale_pairs,
+    scaled,
+    store_bulk,
+    store_direct,
+    tile_of,
+)
+
+
+@gluon.jit
+def _load_weights(w_desc, s_desc, words, scales, bar, n0, k, stage, pred):
+    """Weight stage k (256 values of K) of rows n0.. into slot `stage`."""
+    mbarrier.expect(bar, 2 * w_desc.block_type.nbytes + s_desc.block_type.nbytes, pred=pred)
+    for chunk in gl.static_range(2):
+        tma_load(w_desc, [n0, k * 32 + chunk * 16], bar, words.index(stage * 2 + chunk), pred=pred)
+    tma_load(s_desc, [n0, k * 8], bar, scales.index(stage), pred=pred)
+
+
+@gluon.jit
+def _load_x(x_desc, x_ring, bars, m0, k, stage, XK: gl.constexpr, pred):
+    mbarrier.expect(bars.index(stage), x_desc.block_type.nbytes, pred=pred)
+    tma_load(x_desc, [m0, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "k_stages", "split", "row_stride"])
+def gemm_large(
+    w_desc, s_desc, x_desc, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
+    N, M, k_stages, split, row_stride,
+    BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
+    TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr, BULK_STORE: gl.constexpr,
+):  # fmt: skip
+    """out [M, N] = x [M, K] @ weight [N, K]^T, see linear.py for the arguments.
+
+    w_desc int32 [N, K/8] in boxes [128, 16], s_desc int16 [N, K/32] in boxes [128, 8], x_desc [M, K] in the permuted order of
+    hopper.py in boxes [BM, 128 bytes]. k_stages = K / 256, a multiple of split; with REDUCE each tile's last block adds up
+    the fp32 partials of all, in a fixed order, and leaves its counter at 0 again.
+    """
+    BN: gl.constexpr = 128
+    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
+    FP16: gl.constexpr = x_desc.dtype == gl.float16
+    XK: gl.constexpr = 128 if FP8 else 64  # values of K in an x stage: rows of 128 bytes
+    PER_WEIGHT_STAGE: gl.constexpr = 256 // XK
+    WARPS: gl.constexpr = [[16, 0], [32, 0], [64, 0]]
+    WORDS: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 16]
+    )
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 4])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 32 if FP8 else 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
+
+    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 2, BN, 16], w_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES, BN, 8], s_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
+    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WEIGHT_STAGES):
+        mbarrier.init(w_bars.index(i), count=1)
+    for i in gl.static_range(X_STAGES):
+        mbarrier.init(x_bars.index(i), count=1)
+    if BULK_STORE:  # noqa: SIM108
+        staging = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [BM // 2, BN], out_desc.layout)
+    else:
+        staging = x_ring
+    fence_async_shared()
+
+    n_tiles = gl.cdiv(N, BN)
+    m_tiles = gl.cdiv(M, BM)
+    units = n_tiles * m_tiles * split
+    stages = k_stages // split
+    stride = gl.num_programs(0)
+    # The loads run ahead of the products, across units: cursors of the weight stage and of the x stage to load next.
+    w_unit = gl.program_id(0)
+    w_n, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+    w_k = 0
+    x_unit = gl.program_id(0)
+    _, x_m = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
+    x_k = 0
+    for i in gl.static_range(WEIGHT_STAGES - 1):
+        k = (w_unit % split) * stages + w_k
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_n * BN, k, i, w_unit < units)
+        w_k += 1
+        if w_k == stages:
+            w_k = 0
+            w_unit += stride
+            w_n, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+    for i in gl.static_range(X_STAGES - 1):
+        k = (x_unit % split) * stages * PER_WEIGHT_STAGE + x_k
+        _load_x(x_desc, x_ring, x_bars, x_m * BM, k, i, XK, x_unit < units)
+        x_k += 1
+        if x_k == stages * PER_WEIGHT_STAGE:
+            x_k = 0
+            x_unit += stride
+            _, x_m = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
+
+    w_step = 0
+    x_step = 0
+    for unit in range(gl.program_id(0), units, stride):
+        tile = unit // split
+        n_tile, m_tile = tile_of(tile, n_tiles, m_tiles, GROUP)
+        if FP8:
+            fold = fold_pairs(fold_ptr, n_tile * BN, N, BN, PAIRS)
+        token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
+        for _stage in range(stages):
+            slot = w_step % WEIGHT_STAGES
+            mbarrier.wait(w_bars.index(slot), (w_step // WEIGHT_STAGES) & 1)
+            for chunk in gl.static_range(2):
+                w = words.index(slot * 2 + chunk).load(WORDS)
+                s = scales.index(slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
+                if not FP8:
+                    s_first, s_second = scale_pairs(s, FP16)
+                    w_first, w_second = halves(w, BN)
+                for half in gl.static_range(PER_WEIGHT_STAGE // 2):
+                    if FP8:
+                        a = decode_fp8(w, s, fold, BN, OPERAND)
+                    else:
+                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    x_slot = x_step % X_STAGES
+                    mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
+                    token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
+                    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+                    # The products before these are done, in every warp once past the barrier: their x stage is free.
+                    thread_barrier()
+                    free = (x_step + X_STAGES - 1) % X_STAGES
+                    k = (x_unit % split) * stages * PER_WEIGHT_STAGE + x_k
+                    _load_x(x_desc, x_ring, x_bars, x_m * BM, k, free, XK, x_unit < units)
+                    x_step += 1
+                    x_k += 1
+                    if x_k == stages * PER_WEIGHT_STAGE:
+                        x_k = 0
+                        x_unit += stride
+                        _, x_m = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
+            free_w = (w_step + WEIGHT_STAGES - 1) % WEIGHT_STAGES
+            k = (w_unit % split) * stages + w_k
+            _load_weights(w_desc, s_desc, words, scales, w_bars.index(free_w), w_n * BN, k, free_w, w_unit < units)
+            w_step += 1
+            w_k += 1
+            if w_k == stages:
+                w_k = 0
+                w_unit += stride
+                w_n, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+        acc = warpgroup_mma_wait(0, deps=[token])
+
+        n = n_tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+        m = m_tile * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
+        if REDUCE:
+            offsets = partial_offsets(BN, BM, ACC)
+            valid = (m < M)[None, :] & (n < N)[:, None]
+            gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + offsets, acc, mask=valid)
+            thread_barrier()
+            if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1:
+                gl.store(count_ptr + tile, 0)
+                total = gl.zeros([BN, BM], gl.float32, ACC)
+                for part in range(split):
+                    slot_ptr = partial_ptr + (tile * split + part).to(gl.int64) * (BN * BM)
+                    total += gl.load(slot_ptr + offsets, mask=valid, other=0.0)
+                result = scaled(
+                    total, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+                    out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
+                )  # fmt: skip
+                store_direct(result, out_ptr, n, m, N, M)
+        else:
+            result = scaled(
+                acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+                out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
+            )  # fmt: skip
+            if BULK_STORE:
+                store_bulk(result, out_desc, staging, n_tile * BN, m_tile * BM, BN, BM)
+            else:
+                store_direct(result, out_ptr, n, m, N, M)
+    if BULK_STORE:
+        tma_store_wait(0)

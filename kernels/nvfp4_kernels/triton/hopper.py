@@ -1,0 +1,244 @@
+"""What the Hopper GEMMs share: NVFP4 weights decoded straight into tensor-core operand registers, and their epilogue.
+
+K is permuted, not the weights. A thread of a wgmma A operand needs a few values of K at each step; thread t of a row
+takes the 32 *consecutive* codes k = 128c + 32t .. +31, one 16-byte load of the checkpoint's own row-major bytes, and reads
+them as several steps. Any permutation of K is right as long as x is read under the same one. With K split as
+(chunk of 128, t: 4, word: 4, code: 8) the order of a chunk in x is
+
+    16-bit operands: (word, j, t, h) for code = 4h + j      fp8 operands: (word, half, t, q) for code = 4 half + q
+
+so that two codes 16 bits apart in a word become one register of two 16-bit values, and four neighbours one of e4m3.
+
+Decoding costs about 2.5 instructions a weight for 16-bit operands and 1.9 for e4m3:
+
+- 16 bits: shift and mask put the three magnitude bits at the exponent's end and the mantissa's top (so the value is the
+  code's times 2^-126 in bf16, 2^-14 in fp16; subnormals are exact), the sign goes on top; one product with the scale,
+  times 2^118 (2^7), makes the exact weight times 2^-8 (2^-7). The epilogue takes that power of two out again.
+- e4m3: a block's scale makes an 8-byte table of e4m3(magnitude * scale / 2^fold); one byte permute picks four weights.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from .gluon_compat import tma_store, tma_store_wait
+
+# Two e4m3 scales to the 16-bit pairs that a word's products take. The f16 step keeps NaN scales NaN.
+_SCALES_BF16 = gl.constexpr("""
+{
+ .reg .b16 h0, h1, s; .reg .b32 p, e; .reg .f32 f0, f1;
+ cvt.u16.u32 s, $2;
+ cvt.rn.f16x2.e4m3x2 p, s;
+ mov.b32 {h0,h1}, p; cvt.f32.f16 f0, h0; cvt.f32.f16 f1, h1;
+ cvt.rn.bf16x2.f32 p, f1, f0;
+ mov.b32 e, 0x7A807A80; mul.rn.bf16x2 p, p, e;
+ prmt.b32 $0, p, p, 0x1010; prmt.b32 $1, p, p, 0x3232;
+}
+""")
+_SCALES_FP16 = gl.constexpr("""
+{
+ .reg .b16 s; .reg .b32 p, e;
+ cvt.u16.u32 s, $2;
+ cvt.rn.f16x2.e4m3x2 p, s;
+ mov.b32 e, 0x58005800; mul.rn.f16x2 p, p, e;
+ prmt.b32 $0, p, p, 0x1010; prmt.b32 $1, p, p, 0x3232;
+}
+""")
+# A word of 8 codes ($8) and its scale pair ($9) to 8 values: register j holds codes j and j + 4.
+_DECODE_BF16 = gl.constexpr("""
+{
+ .reg .b32 a<4>, b<4>;
+ shl.b32 a0, $8, 6;   shl.b32 b0, $8, 12;
+ shl.b32 a1, $8, 2;   shl.b32 b1, $8, 8;
+ shr.u32 a2, $8, 2;   shl.b32 b2, $8, 4;
+ shr.u32 a3, $8, 6;   mov.b32 b3, $8;
+ and.b32 a0, a0, 0x01C001C0; lop3.b32 a0, a0, b0, 0x80008000, 0xF8;
+ and.b32 a1, a1, 0x01C001C0; lop3.b32 a1, a1, b1, 0x80008000, 0xF8;
+ and.b32 a2, a2, 0x01C001C0; lop3.b32 a2, a2, b2, 0x80008000, 0xF8;
+ and.b32 a3, a3, 0x01C001C0; lop3.b32 a3, a3, b3, 0x80008000, 0xF8;
+ mul.rn.bf16x2 a0, a0, $9; mul.rn.bf16x2 a1, a1, $9; mul.rn.bf16x2 a2, a2, $9; mul.rn.bf16x2 a3, a3, $9;
+ mov.b32 {$0,$1}, a0; mov.b32 {$2,$3}, a1; mov.b32 {$4,$5}, a2; mov.b32 {$6,$7}, a3;
+}
+""")
+_DECODE_FP16 = gl.constexpr("""
+{
+ .reg .b32 a<4>, b<4>;
+ shl.b32 a0, $8, 9;   shl.b32 b0, $8, 12;
+ shl.b32 a1, $8, 5;   shl.b32 b1, $8, 8;
+ shl.b32 a2, $8, 1;   shl.b32 b2, $8, 4;
+ shr.u32 a3, $8, 3;   mov.b32 b3, $8;
+ and.b32 a0, a0, 0x0E000E00; lop3.b32 a0, a0, b0, 0x80008000, 0xF8;
+ and.b32 a1, a1, 0x0E000E00; lop3.b32 a1, a1, b1, 0x80008000, 0xF8;
+ and.b32 a2, a2, 0x0E000E00; lop3.b32 a2, a2, b2, 0x80008000, 0xF8;
+ and.b32 a3, a3, 0x0E000E00; lop3.b32 a3, a3, b3, 0x80008000, 0xF8;
+ mul.rn.f16x2 a0, a0, $9; mul.rn.f16x2 a1, a1, $9; mul.rn.f16x2 a2, a2, $9; mul.rn.f16x2 a3, a3, $9;
+ mov.b32 {$0,$1}, a0; mov.b32 {$2,$3}, a1; mov.b32 {$4,$5}, a2; mov.b32 {$6,$7}, a3;
+}
+""")
+# Two e4m3 scales ($4) and 2^-fold as an f16 pair ($5) to a table each: bytes of e4m3(0 .5 1 1.5) and e4m3(2 3 4 6).
+_TABLES = gl.constexpr("""
+{
+ .reg .b16 h0, h1, q<4>; .reg .b32 p, a, b, t<4>, e; .reg .b16 s;
+ cvt.u16.u32 s, $4;
+ cvt.rn.f16x2.e4m3x2 p, s;
+ mul.rn.f16x2 p, p, $5;
+ mov.b32 {h0,h1}, p; mov.b32 a, {h0,h0}; mov.b32 b, {h1,h1};
+ mov.b32 e, 0x38000000; mul.rn.f16x2 t0, a, e; cvt.rn.satfinite.e4m3x2.f16x2 q0, t0;
+ mov.b32 e, 0x3E003C00; mul.rn.f16x2 t1, a, e; cvt.rn.satfinite.e4m3x2.f16x2 q1, t1;
+ mov.b32 e, 0x42004000; mul.rn.f16x2 t2, a, e; cvt.rn.satfinite.e4m3x2.f16x2 q2, t2;
+ mov.b32 e, 0x46004400; mul.rn.f16x2 t3, a, e; cvt.rn.satfinite.e4m3x2.f16x2 q3, t3;
+ mov.b32 $0, {q0,q1}; mov.b32 $1, {q2,q3};
+ mov.b32 e, 0x38000000; mul.rn.f16x2 t0, b, e; cvt.rn.satfinite.e4m3x2.f16x2 q0, t0;
+ mov.b32 e, 0x3E003C00; mul.rn.f16x2 t1, b, e; cvt.rn.satfinite.e4m3x2.f16x2 q1, t1;
+ mov.b32 e, 0x42004000; mul.rn.f16x2 t2, b, e; cvt.rn.satfinite.e4m3x2.f16x2 q2, t2;
+ mov.b32 e, 0x46004400; mul.rn.f16x2 t3, b, e; cvt.rn.satfinite.e4m3x2.f16x2 q3, t3;
+ mov.b32 $2, {q0,q1}; mov.b32 $3, {q2,q3};
+}
+""")
+# A word of 8 codes ($2) and the halves of its table ($10, $18) to 8 e4m3 bytes. Inline PTX on 8-bit values packs 8
+# elements, so that every 32-bit input comes 8 times.
+_PICK = gl.constexpr("""
+{
+ .reg .b32 m, u, lo, hi, a, b;
+ and.b32 m, $2, 0x77777777; shl.b32 u, $2, 4;
+ prmt.b32 lo, $10, $18, m; shr.u32 m, m, 16; prmt.b32 hi, $10, $18, m;
+ prmt.b32 a, u, $2, 0x5140; prmt.b32 b, u, $2, 0x7362;
+ lop3.b32 $0, lo, a, 0x80808080, 0xF8; lop3.b32 $1, hi, b, 0x80808080, 0xF8;
+}
+""")
+_PICK_CONSTRAINTS = gl.constexpr("=r,=r," + ",".join(["r"] * 24))
+
+
+@gluon.jit
+def _eight(x):
+    y = gl.join(x, x)
+    y = gl.join(y, y)
+    return gl.join(y, y)
+
+
+@gluon.jit
+def _by_word(first, second, BN: gl.constexpr, LAYOUT: gl.constexpr):
+    """Values of words 0, 1 and of words 2, 3, both [BN, 4 threads], to one a word: [BN, 16]."""
+    both = gl.join(gl.join(first, first), gl.join(second, second))
+    both = gl.reshape(gl.permute(both, [0, 1, 3, 2]), [BN, 16])
+    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def decode_fp8(words, scales, fold, BN: gl.constexpr, OPERAND: gl.constexpr):
+    """int32 words [BN, 16], int16 scale pairs [BN, 4], f16 pairs of 2^-fold [BN, 4] to e4m3 [BN, 128] in operand layout."""
+    a0, a1, b0, b1 = gl.inline_asm_elementwise(
+        _TABLES, "=r,=r,=r,=r,r,r", [scales.to(gl.int32) & 0xFFFF, fold], dtype=[gl.int32] * 4, is_pure=True, pack=1
+    )
+    LAYOUT: gl.constexpr = words.type.layout
+    low = _eight(_by_word(a0, b0, BN, LAYOUT))
+    high = _eight(_by_word(a1, b1, BN, LAYOUT))
+    codes = gl.inline_asm_elementwise(_PICK, _PICK_CONSTRAINTS, [_eight(words), low, high], dtype=gl.int8, is_pure=True, pack=8)
+    codes = gl.permute(gl.reshape(codes, [BN, 4, 4, 2, 4]), [0, 2, 3, 1, 4])  # t word half q -> word half t q
+    return gl.convert_layout(gl.reshape(codes, [BN, 128]).to(gl.float8e4nv, bitcast=True), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def scale_pairs(scales, FP16: gl.constexpr):
+    """int16 scale pairs [BN, 4] to the 16-bit pairs of words 0, 1 and of words 2, 3, int32 [BN, 4] each."""
+    return gl.inline_asm_elementwise(
+        _SCALES_FP16 if FP16 else _SCALES_BF16,
+        "=r,=r,r",
+        [scales.to(gl.int32) & 0xFFFF],
+        dtype=[gl.int32] * 2,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def halves(words, BN: gl.constexpr):
+    """int32 words [BN, 16] to words 0, 1 and words 2, 3 of every thread: [BN, 4, 2] each."""
+    return gl.split(gl.permute(gl.reshape(words, [BN, 4, 2, 2]), [0, 1, 3, 2]))
+
+
+@gluon.jit
+def decode_16(words, scale, BN: gl.constexpr, OPERAND: gl.constexpr, FP16: gl.constexpr):
+    """int32 words [BN, 4, 2] and scale pairs [BN, 4] to 16-bit values [BN, 64] in operand layout, times 2^-8 (fp16: 2^-7)."""
+    LAYOUT: gl.constexpr = words.type.layout
+    scale = gl.convert_layout(gl.join(scale, scale), LAYOUT, assert_trivial=True)
+    v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
+        _DECODE_FP16 if FP16 else _DECODE_BF16,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [words, scale],
+        dtype=[gl.float16] * 8 if FP16 else [gl.bfloat16] * 8,
+        is_pure=True,
+        pack=1,
+    )
+    a = gl.join(gl.join(gl.join(v0, v1), gl.join(v2, v3)), gl.join(gl.join(v4, v5), gl.join(v6, v7)))
+    a = gl.permute(a, [0, 2, 5, 4, 1, 3])  # t word h j0 j1 -> word j1 j0 t h
+    return gl.convert_layout(gl.reshape(a, [BN, 64]), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def fold_pairs(fold_ptr, n0, N, BN: gl.constexpr, LAYOUT: gl.constexpr):
+    """2^-fold of rows n0 .. n0 + BN as pairs of f16, int32 [BN, 4]. A fold is a power of two from 2^-15 to 2^3: exact."""
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
+    fold = 1.0 / gl.load(fold_ptr + n, mask=n < N, other=1.0)
+    bits = fold.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    pairs, _ = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), gl.zeros([BN, 4], gl.int32, LAYOUT))
+    return pairs
+
+
+@gluon.jit
+def tile_of(tile, n_tiles, m_tiles, GROUP: gl.constexpr):
+    """(n, m) of a tile: m first within groups of GROUP tiles along n, so that what runs together shares x and weights."""
+    group = GROUP * m_tiles
+    first = (tile // group) * GROUP
+    width = gl.minimum(n_tiles - first, GROUP)
+    return first + (tile % group) % width, (tile % group) // width
+
+
+@gluon.jit
+def scaled(
+    acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+    DTYPE: gl.constexpr, FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """The epilogue's arithmetic on fp32 products [n, m]: row scale, token scale, bias; rounded once to DTYPE."""
+    row = gl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
+    if FP8:
+        row *= gl.load(fold_ptr + n, mask=n < N, other=0.0)
+    elif gl.float16 == DTYPE:
+        row *= 128.0
+    else:
+        row *= 256.0
+    result = acc * row[:, None]
+    if TOKEN:
+        result *= gl.load(token_ptr + m, mask=m < M, other=0.0)[None, :]
+    if BIAS:
+        result += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    return result.to(DTYPE)
+
+
+@gluon.jit
+def store_direct(result, out_ptr, n, m, N, M):
+    """Values [n, m] to out [M, N]."""
+    gl.store(out_ptr + m.to(gl.int64)[None, :] * N + n[:, None], result, mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@gluon.jit
+def store_bulk(result, out_desc, staging, n0, m0, BN: gl.constexpr, BM: gl.constexpr):
+    """Values [BN, BM] to rows m0.., columns n0.. of out [M, N], transposed through shared memory in two halves of BM."""
+    HALF: gl.constexpr = BM // 2
+    first, second = gl.split(gl.permute(gl.reshape(result, [BN, 2, HALF]), [0, 2, 1]))
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, HALF, 16])
+    for half in gl.static_range(2):
+        tma_store_wait(0)
+        values = first if half == 0 else second
+        staging.permute((1, 0)).store(gl.convert_layout(values, LAYOUT))
+        fence_async_shared()
+        tma_store(out_desc, [m0 + half * HALF, n0], staging)
+
+
+@gluon.jit
+def partial_offsets(BN: gl.constexpr, BM: gl.constexpr, ACC: gl.constexpr):
+    """Where an accumulator's elements lie in its slot of the split-K workspace."""
+    n = gl.arange(0, BN, gl.SliceLayout(1, ACC))
+    return n[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))[None, :]

@@ -1,0 +1,354 @@
+"""The dense layer on a GPU: one entry that makes the activations ready, picks a GEMM and its tile, and launches it.
+
+Five GEMMs serve it:
+
+- "decode": Hopper, few rows; bound by the bytes of the weights (gemm_decode.py).
+- "large": Hopper, many rows; weights decoded in registers beside the products (gemm_large.py).
+- "widen": fp8_per_token with very many rows; weights widened to e4m3 in a scratch, then the FP8 GEMM of cuBLAS (widen.py).
+- "dot_scaled": Blackwell's FP4 tensor cores (gemm_dot_scaled.py).
+- "portable": everything else (gemm_portable.py).
+
+`plan` chooses. Tables of measured choices by device name lie in ../tables (`nvfp4 bench linear --tune` writes them);
+what no table holds goes by a rule of thumb.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ..formats import SfLayout
+from ..reference.linear import INVERSE_BASE
+from . import gemm_portable
+from .activation import decode, permute, quantize_fp8
+from .quantize import quantize
+from .widen import widen_fp8
+
+_TABLES = Path(__file__).parent.parent / "tables"
+_TILE_N = 128
+_K_STEP = 256
+_SHARED_MEMORY = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GEMM, its parameters, and why it was chosen."""
+
+    kernel: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing
+
+
+@functools.cache
+def _device(index: int) -> tuple[str, int, int]:
+    """Name, compute capability as major * 10 + minor, and multiprocessors of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def user_table_path(name: str) -> Path:
+    """Where `nvfp4 bench linear --tune` stores what it measured on a device of this name."""
+    cache = os.environ.get("NVFP4_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "nvfp4")
+    return Path(cache) / "linear" / f"{name.replace(' ', '_')}.json"
+
+
+@functools.cache
+def _table(name: str) -> dict[str, Any]:
+    """The tuning table of a device: the shipped one under what the user measured."""
+    merged: dict[str, Any] = {}
+    for path in (_TABLES / f"{name.replace(' ', '_')}.json", user_table_path(name)):
+        if path.is_file():
+            for mode, shapes in json.loads(path.read_text())["linear"].items():
+                merged.setdefault(mode, {}).update(shapes)
+    return merged
+
+
+def bucket(m: int) -> int:
+    """The M that stands for m in the tables: the next power of two, 4096 at most."""
+    return min(4096, triton.next_power_of_2(max(m, 1)))
+
+
+def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan | None:
+    name, _, _ = _device(device.index or 0)
+    entry = _table(name).get(mode, {}).get(f"{n}x{k}", {}).get(str(bucket(m)))
+    if entry is None:
+        return None
+    parameters = dict(entry)
+    return Plan(parameters.pop("kernel"), parameters, f"measured on {name} for {n}x{k} at M up to {bucket(m)}")
+
+
+def hopper_problem(n: int, k: int) -> str | None:
+    """What keeps a shape from the Hopper GEMMs; None if nothing does."""
+    if k % _K_STEP:
+        return f"K = {k} is no multiple of {_K_STEP}, the step of the Hopper GEMMs"
+    return None
+
+
+def split_of(stages: int, tiles: int, blocks: int) -> int:
+    """The largest divisor of `stages` that leaves two stages a part and does not exceed blocks / tiles."""
+    wanted = max(1, blocks // max(tiles, 1))
+    return max((d for d in range(1, stages + 1) if stages % d == 0 and d <= wanted and stages // d >= 2), default=1)
+
+
+def _rule_decode(m: int, n: int, k: int, processors: int) -> Plan:
+    bm = max(8, triton.next_power_of_2(m))
+    warps = 8 if bm >= 64 else 4
+    resident = {8: 3, 16: 3, 32: 2, 64: 1}[bm]
+    tiles = triton.cdiv(n, 16 * warps)
+    split = split_of(k // _K_STEP, tiles, processors * resident * 3 // 2)
+    return Plan(
+        "decode",
+        {"bm": bm, "warps": warps, "stages": 5 if bm <= 16 else 4, "split": split, "resident": resident},
+        "M <= 64 is bound by the weights' bytes",
+    )
+
+
+def _rule_large(m: int, n: int, k: int, processors: int) -> Plan:
+    tiles = triton.cdiv(n, _TILE_N)
+    bm = 128 if m <= 128 or tiles * triton.cdiv(m, 256) < processors else 256
+    split = split_of(k // _K_STEP, tiles * triton.cdiv(m, bm), processors) if m <= 512 else 1
+    return Plan(
+        "large",
+        {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split},
+        "weights decoded in registers beside the products",
+    )
+
+
+def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
+    """The GEMM for x [m, k] in `dtype` under an activation mode (not "auto") and a weight [n, k] on `device`."""
+    _, arch, processors = _device(device.index or 0)
+    if arch >= 100:
+        from .gemm_dot_scaled import problem
+
+        why = problem(mode, n, k)
+        return Plan("portable", {}, why) if why else Plan("dot_scaled", {}, f"SM{arch} has FP4 tensor cores")
+    if arch != 90:
+        return Plan("portable", {}, f"SM{arch} has no wgmma")
+    why = hopper_problem(n, k)
+    if why:
+        return Plan("portable", {}, why)
+    measured = _measured(device, mode, m, n, k)
+    if measured is not None and not (measured.kernel == "widen" and not _widen_serves(n, dtype)):
+        return measured
+    if m <= 64:
+        return _rule_decode(m, n, k, processors)
+    if mode == "fp8_per_token" and m >= 2048 and _widen_serves(n, dtype):
+        return Plan("widen", {}, "so many rows pay for a pass over the weights")
+    return _rule_large(m, n, k, processors)
+
+
+def _widen_serves(n: int, dtype: torch.dtype) -> bool:
+    return n % 16 == 0 and dtype == torch.bfloat16  # torch._scaled_mm with row-wise scales
+
+
+def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
+    """What "auto" stands for on Ada and Hopper at this shape: "fp8_per_token" or "none"."""
+    name, arch, _ = _device(device.index or 0)
+    if arch != 90 or hopper_problem(n, k):
+        return "none"
+    first = _table(name).get("auto", {}).get(f"{n}x{k}")
+    return "fp8_per_token" if m >= (128 if first is None else first) else "none"
+
+
+def describe(mode: str, device: torch.device) -> tuple[str, str]:
+    """(kernel, reason) for `nvfp4 doctor`: what serves a mode at 4096 x 4096, for one row and for many."""
+    parts = []
+    for m in (1, 256, 4096):
+        resolved = mode
+        if mode == "auto":
+            from ..dispatch import resolve_activation
+
+            resolved = resolve_activation(mode, device, m, 4096, 4096)
+        chosen = plan(device, resolved, m, 4096, 4096)
+        parts.append((chosen.kernel, f"M={m}: {f'{resolved}, ' if mode == 'auto' else ''}{chosen.reason}"))
+    return "triton " + "/".join(dict.fromkeys(kernel for kernel, _ in parts)), "; ".join(reason for _, reason in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _zeroed_counters(device: torch.device, count: int) -> torch.Tensor:
+    """int32 zeros [>= count], which every user leaves zero: one buffer a stream, so that kernels side by side share none."""
+    if torch.cuda.is_current_stream_capturing():
+        stream = None  # zeros made while capturing exist only when the graph runs: such a buffer is never kept
+    else:
+        stream = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+        kept = _counters.get(stream)
+        if kept is not None and kept.numel() >= count:
+            return kept
+    fresh = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    if stream is not None:
+        _counters[stream] = fresh
+    return fresh
+
+
+def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int | None) -> Any:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    bits = tensor.element_size() * 8
+    if swizzle is None:
+        swizzle = min(128, block[-1] * tensor.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+def _run_hopper(
+    chosen: Plan,
+    x: torch.Tensor,
+    prepared: bool,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    out: torch.Tensor,
+    fold: torch.Tensor | None,
+    token_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    """Launch "decode" or "large" on the operand x, K in the permuted order if `prepared`."""
+    m, k = x.shape
+    n = data.shape[0]
+    _, _, processors = _device(x.device.index or 0)
+    options = chosen.parameters
+    split, bm = options["split"], options["bm"]
+    few = chosen.kernel == "decode"
+    bn = 16 * options["warps"] if few else _TILE_N
+    tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
+    partial = counters = None
+    if split > 1:
+        partial = torch.empty(tiles * split * bn * bm, dtype=torch.float32, device=x.device)
+        counters = _zeroed_counters(x.device, tiles)
+    words = _descriptor(data.view(torch.int32), [bn, 16], 64)
+    pairs = _descriptor(scales.view(torch.int16), [bn, 8], 0)
+    row_stride = 1 if row_scale.numel() > 1 else 0
+    shared = {"TOKEN": token_scale is not None, "BIAS": bias is not None, "REDUCE": split > 1}
+    if few:
+        from .gemm_decode import gemm_decode
+
+        grid = min(tiles * split, processors * options["resident"])
+        gemm_decode[(grid,)](
+            words, pairs, _descriptor(x, [bm, _K_STEP], 128) if prepared else None, None if prepared else x, out,
+            fold, row_scale, token_scale, bias, partial, counters, n, m, k // _K_STEP, split, x.stride(0), row_stride,
+            BM=bm, WARPS=options["warps"], STAGES=options["stages"], PREPARED=prepared, **shared,
+            num_warps=options["warps"],
+        )  # fmt: skip
+        return
+    from .gemm_large import gemm_large
+
+    bulk = split == 1 and n % 8 == 0
+    x_desc = _descriptor(x, [bm, 128 // x.element_size()], 128)
+    out_desc = _descriptor(out, [bm // 2, bn], 128) if bulk else None
+    gemm_large[(min(tiles * split, processors),)](
+        words, pairs, x_desc, out_desc, out, fold, row_scale, token_scale, bias, partial, counters,
+        n, m, k // _K_STEP, split, row_stride,
+        BM=bm, WEIGHT_STAGES=options["weight_stages"], X_STAGES=options["x_stages"], GROUP=options["group"], **shared,
+        BULK_STORE=bulk, num_warps=8,
+    )  # fmt: skip
+
+
+def linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    *,
+    activation: str,
+    fp8_fold: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [M, K] fp16 or bf16 @ weight^T [K, N] -> [M, N] in x's dtype; as `reference.linear.linear`.
+
+    Captures into CUDA graphs and never waits for the device. Raises TypeError for another dtype of x.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x: got {x.dtype} on {x.device}, allowed on a GPU are float16 and bfloat16")
+    m, k = x.shape
+    n = data.shape[0]
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if not m or not n:
+        return out
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous() if x.stride(1) != 1 or x.stride(0) != k else x.clone()
+    data, scales = data.contiguous(), scales.contiguous()
+    return run(plan(x.device, activation, m, n, k, x.dtype), x, data, scales, row_scale, out, activation, fp8_fold,
+               input_scale, bias)  # fmt: skip
+
+
+def run(
+    chosen: Plan,
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    out: torch.Tensor,
+    activation: str,
+    fp8_fold: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear` by a given plan, into out."""
+    hopper = chosen.kernel in ("decode", "large")
+    token_scale: torch.Tensor | None = None
+    fold: torch.Tensor | None = None
+    operand, prepared = x, False
+    if chosen.kernel == "dot_scaled":
+        from .gemm_dot_scaled import run as run_dot_scaled
+
+        return run_dot_scaled(x, data, scales, row_scale, out, activation, fp8_fold, input_scale, bias)
+    if activation == "fp8_per_token":
+        assert fp8_fold is not None  # ops.py derives it
+        fold = fp8_fold
+        operand, token_scale = quantize_fp8(x, "fp8" if hopper else "natural")
+        prepared = True
+    elif activation.startswith("nvfp4"):
+        per_token = activation == "nvfp4_per_token"
+        if per_token:
+            encode = _inverse_base(x.device)
+        else:
+            assert input_scale is not None  # api.py refuses this mode without one
+            encode = 1.0 / input_scale.reshape(1)
+        codes, sf, token_scale = quantize(x, encode, layout=SfLayout.layout_linear, per_token=per_token)
+        if not per_token:
+            assert input_scale is not None
+            token_scale = input_scale.reshape(1).expand(x.shape[0]).contiguous()
+        operand = decode(codes, sf, x.dtype, "16" if hopper else "natural")
+        prepared = True
+    elif chosen.kernel == "large":
+        operand, prepared = permute(x, "16"), True
+    if hopper:
+        _run_hopper(chosen, operand, prepared, data, scales, row_scale, out, fold, token_scale, bias)
+    elif chosen.kernel == "widen":
+        assert fold is not None
+        assert token_scale is not None
+        wide, columns = widen_fp8(data, scales, fold, row_scale)
+        result = torch._scaled_mm(
+            operand, wide.t(), scale_a=token_scale[:, None], scale_b=columns, out_dtype=out.dtype, use_fast_accum=True
+        )
+        if bias is not None:
+            result += bias
+        return result
+    else:
+        gemm_portable.run(
+            operand, data, scales, row_scale, out, fp8_fold=fold, token_scale=token_scale, bias=bias
+        )
+    return out
+
+
+@functools.cache
+def _inverse_base(device: torch.device) -> torch.Tensor:
+    return torch.full((1,), INVERSE_BASE, dtype=torch.float32, device=device)
