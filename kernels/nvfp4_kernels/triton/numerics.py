@@ -69,11 +69,49 @@ def unpack_pair(word, dtype: tl.constexpr):
 
 
 @triton.jit
-def pack_pair(low, high):
-    """Two tensors of a 2- or 4-byte type to words of neighbours, the inverse of `unpack_pair`."""
-    if low.dtype.primitive_bitwidth == 16:
-        return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return (low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int32, bitcast=True).to(tl.int64) << 32)
+def _bfloat16_bits(x):
+    """fp32 to the pattern of the nearest bf16 value in the upper half (the interpreter's own conversion truncates)."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
+
+
+@triton.jit
+def _round_pair_portable(low, high, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        return ((_bfloat16_bits(low) >> 16) & 0xFFFF) | (_bfloat16_bits(high) & -65536)
+    else:
+        low_bits = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low_bits | (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def round_pair(low, high, dtype: tl.constexpr, ARCH: tl.constexpr):
+    """Two fp32 tensors, rounded to `dtype`, to words of neighbours: the inverse of `unpack_pair` (not for e4m3)."""
+    if dtype == tl.float32:
+        return (low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int32, bitcast=True).to(tl.int64) << 32)
+    elif ARCH == 0:
+        return _round_pair_portable(low, high, dtype)
+    # One conversion for two values: those for a single one run at a fraction of its rate.
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], tl.int32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def quotient(x, y, ARCH: tl.constexpr):
+    """x / y rounded to nearest even for y in [1, 2^126]; -0 or 0 above. Cheaper than `divide`: nothing branches.
+
+    One residual step makes the approximate quotient the nearest one (a tie that the last bit of the reciprocal could sway
+    does not exist between 24-bit operands); infinities make the residual NaN, there the approximation is exact.
+    """
+    if ARCH == 0:
+        return x / y
+    else:
+        r = reciprocal(y, True, ARCH)
+        q = x * r
+        refined = tl.fma(tl.fma(-y, q, x), r, q)
+        return tl.where(refined == refined, refined, q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +131,8 @@ def max_magnitude(low, high, ARCH: tl.constexpr):
         low_bits = low.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         high_bits = high.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         return tl.max(tl.maximum(low_bits, high_bits), axis=len(low.shape) - 1).to(tl.float32, bitcast=True)
-    return tl.reduce(_max_nan(tl.abs(low), tl.abs(high)), len(low.shape) - 1, _max_nan)
+    else:
+        return tl.reduce(_max_nan(tl.abs(low), tl.abs(high)), len(low.shape) - 1, _max_nan)
 
 
 @triton.jit
@@ -103,11 +142,38 @@ def max_positive(x, axis: tl.constexpr):
 
 
 @triton.jit
+def _max_nan_bfloat16x2(a, b):
+    return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _max_nan_float16x2(a, b):
+    return tl.inline_asm_elementwise("max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def max_magnitude_of_words(words, dtype: tl.constexpr, ARCH: tl.constexpr):
+    """`max_magnitude` of what words of two `dtype` values unpack to."""
+    if ARCH > 0 and dtype == tl.bfloat16:
+        both = tl.reduce(words & 0x7FFF7FFF, len(words.shape) - 1, _max_nan_bfloat16x2)
+        low, high = unpack_pair(both, dtype)
+        return _max_nan(low, high)
+    elif ARCH > 0 and dtype == tl.float16:
+        both = tl.reduce(words & 0x7FFF7FFF, len(words.shape) - 1, _max_nan_float16x2)
+        low, high = unpack_pair(both, dtype)
+        return _max_nan(low, high)
+    else:
+        low, high = unpack_pair(words, dtype)
+        return max_magnitude(low, high, ARCH)
+
+
+@triton.jit
 def divide(x, y, ARCH: tl.constexpr):
     """x / y rounded to nearest even, subnormals kept (`tl.div_rn` goes through libdevice, which may flush them)."""
     if ARCH == 0:
         return x / y
-    return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -117,24 +183,14 @@ def reciprocal(x, FAST: tl.constexpr, ARCH: tl.constexpr):
         return 1.0 / x
     elif FAST:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def clamp_finite(x):
     """min(x, FLT_MAX), NaN stays NaN."""
     return tl.minimum(x, _FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def round_to(x, dtype: tl.constexpr, ARCH: tl.constexpr):
-    """fp32 to `dtype`, to nearest even."""
-    if ARCH == 0 and dtype == tl.bfloat16:
-        # The interpreter truncates: round the pattern first.
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        return tl.where(x != x, x, rounded).to(dtype)
-    return x.to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +202,12 @@ def e4m3_encode(x, ARCH: tl.constexpr):
     """fp32 to e4m3 codes in int32: to nearest even, saturating at 448; NaN is 0x7F."""
     if ARCH >= 89:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        return _e4m3_encode_portable(x)
+
+
+@triton.jit
+def _e4m3_encode_portable(x):
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # Normal codes: the top of the fp32 pattern, rounded at bit 20 (a carry runs into the exponent, as it should).
@@ -169,6 +231,19 @@ def times_sixth(x):
 
 
 @triton.jit
+def token_scales(amax, inverse_base, FAST: tl.constexpr, ARCH: tl.constexpr):
+    """The per-token rule: row maxima to encode scales G and per_token_scale; both 0 for rows of zeros."""
+    zero = amax == 0.0
+    if FAST:
+        scale = amax * inverse_base
+        g = tl.where(zero, 0.0, reciprocal(scale, True, ARCH))
+    else:
+        g = tl.where(zero, 0.0, clamp_finite(divide(reciprocal(inverse_base, False, ARCH), amax, ARCH)))
+        scale = tl.where(zero, 0.0, reciprocal(g, False, ARCH))
+    return g, scale
+
+
+@triton.jit
 def block_scale(amax, g, inverse_g, FAST: tl.constexpr, ARCH: tl.constexpr):
     """The block rule of numerics.md: block maxima to e4m3 scale codes (int32) and the factors that take values to e2m1's range.
 
@@ -176,9 +251,11 @@ def block_scale(amax, g, inverse_g, FAST: tl.constexpr, ARCH: tl.constexpr):
     """
     if FAST:
         sf = e4m3_encode(g * times_sixth(amax), ARCH)
-        return sf, reciprocal(e4m3_decode(sf) * inverse_g, True, ARCH)
-    sf = e4m3_encode(amax * times_sixth(g), ARCH)
-    return sf, clamp_finite(reciprocal(e4m3_decode(sf) * inverse_g, False, ARCH))
+        factor = reciprocal(e4m3_decode(sf) * inverse_g, True, ARCH)
+    else:
+        sf = e4m3_encode(amax * times_sixth(g), ARCH)
+        factor = clamp_finite(reciprocal(e4m3_decode(sf) * inverse_g, False, ARCH))
+    return sf, factor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,4 +344,5 @@ def encode_pair(low, high, live, ARCH: tl.constexpr):
         return ((_e2m1_code(low) | (_e2m1_code(high) << 4)) & live).to(tl.uint8)
     elif ARCH >= 100:
         return tl.inline_asm_elementwise(_E2M1_SM100, _E2M1_OPERANDS, [low, high, live], tl.uint8, is_pure=True, pack=4)
-    return tl.inline_asm_elementwise(_E2M1_PTX, _E2M1_OPERANDS, [low, high, live], tl.uint8, is_pure=True, pack=4)
+    else:
+        return tl.inline_asm_elementwise(_E2M1_PTX, _E2M1_OPERANDS, [low, high, live], tl.uint8, is_pure=True, pack=4)

@@ -8,6 +8,7 @@ two neighbours, 16 bytes a thread, so that two threads share a block of 16 and e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import torch
 import triton
@@ -19,16 +20,14 @@ from ..formats import GROUP_SIZE, SfLayout, ceil_to, sf_shape
 from .numerics import (
     arch_of,
     block_scale,
-    clamp_finite,
-    divide,
     e2m1_decode,
     e4m3_decode,
     encode_pair,
-    max_magnitude,
-    max_positive,
-    pack_pair,
+    max_magnitude_of_words,
+    quotient,
     reciprocal,
-    round_to,
+    round_pair,
+    token_scales,
     unpack_pair,
     word_pointer,
 )
@@ -37,6 +36,8 @@ Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _LAYOUT_128X4 = tl.constexpr(int(SfLayout.layout_128x4))
 _LAYOUT_8X4 = tl.constexpr(int(SfLayout.layout_8x4))
+_LAYOUT_LINEAR = tl.constexpr(int(SfLayout.layout_linear))
+_PAD_WORDS = 1024
 _MAX_BLOCKS = 1024  # blocks of 16 that a program holds in registers: K up to 16384
 
 
@@ -53,106 +54,116 @@ def scale_offset(row, block, padded_blocks, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _silu_and_mul(gate, up, dtype: tl.constexpr, ARCH: tl.constexpr):
-    """silu(gate) * up in fp32 with CUDA's expf, rounded once to `dtype`; fp32 again."""
-    if ARCH == 0:
-        exponential = tl.exp(-gate)
-    else:
-        exponential = libdevice.exp(-gate)
-    return round_to(divide(gate, 1.0 + exponential, ARCH) * up, dtype, ARCH).to(tl.float32)
+def _silu_and_mul(gate, up, ARCH: tl.constexpr):
+    """silu(gate) * up in fp32, with CUDA's expf and the nearest quotient, as torch has it."""
+    exponential = tl.exp(-gate) if ARCH == 0 else libdevice.exp(-gate)
+    return quotient(gate, 1.0 + exponential, ARCH) * up
 
 
 @triton.jit
-def _load_pairs(x, row_offset, live, block, blocks, SILU: tl.constexpr, ARCH: tl.constexpr):
-    """fp32 values of pairs [rows, blocks, 8], the even and the odd neighbours; zeros for rows that are not live and past K."""
+def _load_words(x, row_offset, live, block, blocks, SILU: tl.constexpr, ARCH: tl.constexpr):
+    """Words of two neighbours [rows, blocks, 8]; zeros for rows that are not live and past K."""
     dtype: tl.constexpr = x.dtype.element_ty
     offset = row_offset[:, None, None] + (block[:, None] * 8 + tl.arange(0, 8))[None, :, :]
     mask = (live[:, None] & (block < blocks))[:, :, None]
-    low, high = unpack_pair(tl.load(word_pointer(x) + offset, mask=mask, other=0), dtype)
+    words = tl.load(word_pointer(x) + offset, mask=mask, other=0)
     if SILU:
+        low, high = unpack_pair(words, dtype)
         up_low, up_high = unpack_pair(tl.load(word_pointer(x) + (offset + blocks * 8), mask=mask, other=0), dtype)
-        low = _silu_and_mul(low, up_low, dtype, ARCH)
-        high = _silu_and_mul(high, up_high, dtype, ARCH)
-    return low, high
+        words = round_pair(_silu_and_mul(low, up_low, ARCH), _silu_and_mul(high, up_high, ARCH), dtype, ARCH)
+    return words
 
 
 @triton.jit
-def _zero_rows(
-    x_q, sf, token_scale, row, empty, out_rows, blocks, padded_blocks, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """Zero the `empty` ones of rows `row` [rows] in all three outputs; rows from `out_rows` on have scale bytes alone."""
-    whole = empty & (row < out_rows)
+def _zero_rows(x_q, sf, token_scale, row, empty, blocks, padded_blocks, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
+    """Zero the `empty` ones of rows `row` [rows] in all three outputs."""
     for start in range(0, padded_blocks, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         at = row[:, None] * blocks + block
         codes = x_q + (at[:, :, None] * 8 + tl.arange(0, 8))
-        tl.store(codes, tl.zeros(codes.shape, tl.uint8), mask=(whole[:, None] & (block < blocks))[:, :, None])
+        tl.store(codes, tl.zeros(codes.shape, tl.uint8), mask=(empty[:, None] & (block < blocks))[:, :, None])
         scales = sf + scale_offset(row[:, None], block, padded_blocks, LAYOUT)
         tl.store(scales, tl.zeros(scales.shape, tl.uint8), mask=empty[:, None] & (block < padded_blocks))
-    tl.store(token_scale + row, tl.zeros(row.shape, tl.float32), mask=whole)
+    tl.store(token_scale + row, tl.zeros(row.shape, tl.float32), mask=empty)
 
 
 @triton.jit
-def _target_rows(row, live, index, j, out_rows, SHUFFLE: tl.constexpr, SCATTERED: tl.constexpr, TOP_K: tl.constexpr):
-    """Where the rows go (int64) and which of them do."""
-    if SCATTERED:
+def _zero_padding(sf, program, out_rows, padded_blocks, LAYOUT: tl.constexpr, WORDS: tl.constexpr):
+    """Zero the scales of the rows that fill up the last tile of rows; a word is four blocks of a row."""
+    word = program * WORDS + tl.arange(0, WORDS)
+    if LAYOUT == _LAYOUT_128X4:
+        tile_rows: tl.constexpr = 128
+        row = word % 4 * 32 + word % 128 // 4
+    else:
+        tile_rows: tl.constexpr = 8
+        row = word % 8
+    tile_words = padded_blocks * (tile_rows // 4)
+    words = sf.to(tl.pointer_type(tl.int32), bitcast=True) + (out_rows // tile_rows).to(tl.int64) * tile_words
+    tl.store(words + word, tl.zeros((WORDS,), tl.int32), mask=(word < tile_words) & (row >= out_rows % tile_rows))
+
+
+@triton.jit
+def _target_rows(row, live, index, j, out_rows, SHUFFLE: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr):
+    """Where rows go (int64) and which of them are written."""
+    if ROWS == "scattered":
         target = tl.load(index + row * TOP_K + j, mask=live, other=-1).to(tl.int64)
         return target, (target >= 0) & (target < out_rows)
+    elif ROWS == "listed":
+        return row, live
     elif SHUFFLE:
         # Within each 32 rows new[d] = old[4 * (d % 8) + d // 8].
-        return (row // 32) * 32 + (row % 4) * 8 + (row % 32) // 4, live
-    return row, live
+        return (row // 32) * 32 + row % 4 * 8 + row % 32 // 4, row < out_rows
+    else:
+        return row, row < out_rows
 
 
 @triton.jit
 def _quantize_tile(
-    low, high, amax, g, inverse_g, x_q, sf, row, live, index, block, out_rows, sf_rows, blocks, padded_blocks,
-    LAYOUT: tl.constexpr, SHUFFLE: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr, FAST: tl.constexpr,
-    ARCH: tl.constexpr,
+    words, amax, g, inverse_g, x_q, sf, row, live, index, block, out_rows, blocks, padded_blocks,
+    DTYPE: tl.constexpr, LAYOUT: tl.constexpr, SHUFFLE: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    FAST: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Quantize one tile of fp32 pairs [rows, blocks, 8] with block maxima [rows, blocks] and store codes and scales."""
+    """Quantize one tile of words [rows, blocks, 8] with block maxima [rows, blocks] and store its codes and scales."""
     scale, factor = block_scale(amax, g[:, None], inverse_g[:, None], FAST, ARCH)
-    # Padding, and rows that nobody named: 0 whatever g is.
+    # Past K, and in rows that nobody named: 0 whatever g is.
     scale = tl.where(live[:, None] & (block < blocks), scale, 0)
     keep = tl.where(scale == 0, 0, -1)[:, :, None]
+    low, high = unpack_pair(words, DTYPE)
     codes = encode_pair(low * factor[:, :, None], high * factor[:, :, None], keep, ARCH)
     scale = scale.to(tl.uint8)
     for j in tl.static_range(TOP_K):
-        target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS == "scattered", TOP_K)
-        scales_written = written
-        if ROWS == "all" or ROWS == "named":
-            written = row < out_rows
-            scales_written = row < sf_rows
+        target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS, TOP_K)
         at = (target[:, None] * blocks + block) * 8
-        tl.store(
-            x_q + (at[:, :, None] + tl.arange(0, 8)), codes, mask=(written[:, None] & (block < blocks))[:, :, None]
-        )
-        tl.store(
-            sf + scale_offset(target[:, None], block, padded_blocks, LAYOUT),
-            scale,
-            mask=scales_written[:, None] & (block < padded_blocks),
-        )
+        mask = (written[:, None] & (block < blocks))[:, :, None]
+        tl.store(x_q + (at[:, :, None] + tl.arange(0, 8)), codes, mask=mask)
+        at = scale_offset(target[:, None], block, padded_blocks, LAYOUT)
+        tl.store(sf + at, scale, mask=written[:, None] & (block < padded_blocks))
 
 
-@triton.jit(do_not_specialize=["m", "out_rows", "sf_rows"])
+@triton.jit(do_not_specialize=["m", "out_rows", "pad_start"])
 def quantize_kernel(
-    x, a_global_sf, index, named, x_q, sf, token_scale, m, out_rows, sf_rows, blocks, padded_blocks, x_stride, g_stride,
+    x, a_global_sf, index, named, x_q, sf, token_scale, m, out_rows, pad_start, blocks, padded_blocks, x_stride, g_stride,
     LAYOUT: tl.constexpr, PER_TOKEN: tl.constexpr, SHUFFLE: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
     TOP_K: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
-    WHOLE: tl.constexpr, ARCH: tl.constexpr,
+    CHUNKS: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """x [m, K] (or [m, 2K] with SILU) to x_q [out_rows, K/2], sf [sf_rows, padded_blocks] and token_scale [out_rows].
+    """x [m, K] (or [m, 2K] with SILU) to x_q [out_rows, K/2], its scales in sf and token_scale [out_rows].
 
-    `x_stride` counts words of two values. WHOLE: BLOCKS covers a row. ROWS says which rows:
+    `x_stride` counts words of two values. A program takes BLOCK_M rows by BLOCKS blocks, with PER_TOKEN whole rows: CHUNKS
+    times BLOCKS blocks stay in registers, CHUNKS = 0 reads a row twice. ROWS says which rows:
     "all"; "named": those whose flag in `named` is set, zeros for the others; "listed": the m entries of `index`, other rows
     stay as they are; "scattered": row i goes to rows index[i, :TOP_K], and programs behind those of the tokens zero the rows
-    without a flag in `named`. An entry outside [0, out_rows) is skipped.
+    without a flag in `named`. An entry outside [0, out_rows) is skipped. Programs from pad_start on zero padding scales.
     """
     if PDL:
         gdc_wait()
     program = tl.program_id(0)
+    if LAYOUT != _LAYOUT_LINEAR and ROWS != "listed":  # noqa: SIM102 (known when compiling; the next one is not)
+        if program >= pad_start:
+            _zero_padding(sf, program - pad_start, out_rows, padded_blocks, LAYOUT, PAD_WORDS)
+            return
     first_block = 0
-    if not PER_TOKEN and not WHOLE:
+    if not PER_TOKEN:
         chunks = tl.cdiv(padded_blocks, BLOCKS)
         first_block = (program % chunks) * BLOCKS
         program = program // chunks
@@ -162,8 +173,8 @@ def quantize_kernel(
         token_programs = tl.cdiv(m, BLOCK_M)
         if program >= token_programs:
             row -= token_programs.to(tl.int64) * BLOCK_M
-            empty = (row < sf_rows) & (tl.load(named + row, mask=row < out_rows, other=0) == 0)
-            _zero_rows(x_q, sf, token_scale, row, empty, out_rows, blocks, padded_blocks, LAYOUT, BLOCKS)
+            empty = (row < out_rows) & (tl.load(named + row, mask=row < out_rows, other=1) == 0)
+            _zero_rows(x_q, sf, token_scale, row, empty, blocks, padded_blocks, LAYOUT, BLOCKS)
             return
 
     if ROWS == "listed":
@@ -173,55 +184,50 @@ def quantize_kernel(
         live = tl.load(named + row, mask=row < m, other=0) != 0
     else:
         live = row < m
-    row_offset = tl.multiple_of(row * x_stride, 4)
-
+    dtype: tl.constexpr = x.dtype.element_ty
+    row_offset = tl.multiple_of(row * x_stride, 64 // dtype.primitive_bitwidth)  # 16 bytes
     block = first_block + tl.arange(0, BLOCKS)
+
+    # A row that fits is held as it was loaded (words), not as the fp32 values that it unpacks to.
+    words = ()
+    maxima = ()
+    for i in tl.static_range(CHUNKS):
+        words += (_load_words(x, row_offset, live, block + i * BLOCKS, blocks, SILU, ARCH),)
+    for i in tl.static_range(CHUNKS):
+        maxima += (max_magnitude_of_words(words[i], dtype, ARCH),)
     if PER_TOKEN:
-        inverse_base = tl.load(a_global_sf)
-        row_bits = tl.zeros((BLOCK_M,), tl.int32)
-        if WHOLE:
-            low, high = _load_pairs(x, row_offset, live, block, blocks, SILU, ARCH)
-            amax = max_magnitude(low, high, ARCH)
-            row_amax = max_positive(amax, 1)
-        else:
+        # Patterns of magnitudes order as integers do, a NaN on top.
+        bits = tl.zeros((BLOCK_M, BLOCKS), tl.int32)
+        for i in tl.static_range(CHUNKS):
+            bits = tl.maximum(bits, maxima[i].to(tl.int32, bitcast=True))
+        if CHUNKS == 0:
             for start in range(0, padded_blocks, BLOCKS):
-                low, high = _load_pairs(x, row_offset, live, start + block, blocks, SILU, ARCH)
-                amax = max_positive(max_magnitude(low, high, ARCH), 1)
-                row_bits = tl.maximum(row_bits, amax.to(tl.int32, bitcast=True))
-            row_amax = row_bits.to(tl.float32, bitcast=True)
-        zero = row_amax == 0.0
-        if FAST:
-            scale = row_amax * inverse_base
-            g = tl.where(zero, 0.0, reciprocal(scale, True, ARCH))
-        else:
-            g = tl.where(zero, 0.0, clamp_finite(divide(reciprocal(inverse_base, False, ARCH), row_amax, ARCH)))
-            scale = tl.where(zero, 0.0, reciprocal(g, False, ARCH))
+                tile = _load_words(x, row_offset, live, start + block, blocks, SILU, ARCH)
+                bits = tl.maximum(bits, max_magnitude_of_words(tile, dtype, ARCH).to(tl.int32, bitcast=True))
+        inverse_base = tl.load(a_global_sf)
+        g, scale = token_scales(tl.max(bits, 1).to(tl.float32, bitcast=True), inverse_base, FAST, ARCH)
         scale = tl.where(live, scale, 0.0)
         for j in tl.static_range(TOP_K):
-            target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS == "scattered", TOP_K)
-            if ROWS == "all" or ROWS == "named":
-                written = row < out_rows
+            target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS, TOP_K)
             tl.store(token_scale + target, scale, mask=written)
     else:
         g = tl.load(a_global_sf + row * g_stride, mask=live, other=0.0)
-        low, high = _load_pairs(x, row_offset, live, block, blocks, SILU, ARCH)
-        amax = max_magnitude(low, high, ARCH)
     if PDL:
         gdc_launch_dependents()
     inverse_g = reciprocal(g, FAST, ARCH)
-    if PER_TOKEN and not WHOLE:
-        for start in range(0, padded_blocks, BLOCKS):
-            low, high = _load_pairs(x, row_offset, live, start + block, blocks, SILU, ARCH)
-            amax = max_magnitude(low, high, ARCH)
-            _quantize_tile(
-                low, high, amax, g, inverse_g, x_q, sf, row, live, index, start + block, out_rows, sf_rows, blocks,
-                padded_blocks, LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
-            )  # fmt: skip
-    else:
+    for i in tl.static_range(CHUNKS):
         _quantize_tile(
-            low, high, amax, g, inverse_g, x_q, sf, row, live, index, block, out_rows, sf_rows, blocks, padded_blocks,
-            LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
+            words[i], maxima[i], g, inverse_g, x_q, sf, row, live, index, block + i * BLOCKS, out_rows, blocks,
+            padded_blocks, dtype, LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
         )  # fmt: skip
+    if CHUNKS == 0:
+        for start in range(0, padded_blocks, BLOCKS):
+            tile = _load_words(x, row_offset, live, start + block, blocks, SILU, ARCH)
+            amax = max_magnitude_of_words(tile, dtype, ARCH)
+            _quantize_tile(
+                tile, amax, g, inverse_g, x_q, sf, row, live, index, start + block, out_rows, blocks, padded_blocks, dtype,
+                LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["entries", "rows"])
@@ -248,9 +254,9 @@ def dequantize_kernel(
     pair = tl.load(x_q + codes, mask=mask[:, :, None], other=0).to(tl.int32)
     scale = e4m3_decode(tl.load(sf + scale_offset(row[:, None], block, padded_blocks, LAYOUT), mask=mask, other=0).to(tl.int32))
     g = tl.load(global_scale + row * g_stride, mask=row < m, other=0.0)[:, None, None]
-    low = round_to(e2m1_decode(pair & 0xF) * scale[:, :, None] * g, dtype, ARCH)
-    high = round_to(e2m1_decode(pair >> 4) * scale[:, :, None] * g, dtype, ARCH)
-    tl.store(word_pointer(out) + codes, pack_pair(low, high), mask=mask[:, :, None])
+    low = e2m1_decode(pair & 0xF) * scale[:, :, None] * g
+    high = e2m1_decode(pair >> 4) * scale[:, :, None] * g
+    tl.store(word_pointer(out) + codes, round_pair(low, high, dtype, ARCH), mask=mask[:, :, None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,13 +280,25 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def tile(rows: int, blocks: int, per_token: bool, silu: bool) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCKS and num_warps for `rows` rows of `blocks` (padded to a multiple of 4) blocks of 16."""
-    width = min(triton.next_power_of_2(blocks), _MAX_BLOCKS)
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a program takes: `rows` rows by `chunks` * `blocks` blocks of 16 (0 chunks: rows in two passes), and its warps."""
+
+    rows: int
+    blocks: int
+    chunks: int
+    warps: int
+
+
+def tile(rows: int, blocks: int, per_token: bool, silu: bool) -> Tile:
+    """The tile for `rows` rows of `blocks` blocks (measured on an H100, see docs/kernel-notes.md)."""
+    width = triton.next_power_of_2(blocks)
     if not per_token:
         width = min(width, 256)
-    warps = max(1, min(width // 64, 16))
-    return max(1, 64 // width), width, warps
+        return Tile(max(1, 64 // width), width, 1, max(1, min(width // 64, 16)))
+    if width > _MAX_BLOCKS:
+        return Tile(1, 512, 0, 8)
+    return Tile(max(1, 64 // width), width, 1, max(1, min(width // 64, 16)))
 
 
 def _empty(x: torch.Tensor, rows: int, k: int, layout: int, per_token: bool) -> Quantized:
@@ -320,14 +338,16 @@ def _launch(
     blocks = k // GROUP_SIZE
     padded_blocks = blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4)
     m = index.numel() if rows_mode == "listed" and index is not None else x.shape[0]
-    block_m, width, warps = tile(m, padded_blocks, per_token, silu)
+    config = tile(m, padded_blocks, per_token, silu)
+    programs = triton.cdiv(m, config.rows)
     if rows_mode == "scattered":
-        programs = triton.cdiv(m, block_m) + triton.cdiv(sf.shape[0], block_m)
-    else:
-        programs = triton.cdiv(m if rows_mode == "listed" else sf.shape[0], block_m)
-    whole = width >= padded_blocks
+        programs += triton.cdiv(x_q.shape[0], config.rows)
     if not per_token:
-        programs *= triton.cdiv(padded_blocks, width)
+        programs *= triton.cdiv(padded_blocks, config.blocks)
+    pad_start = programs
+    if rows_mode != "listed" and sf.shape[0] > x_q.shape[0]:
+        tile_words = padded_blocks * (128 if layout == SfLayout.layout_128x4 else 8) // 4
+        programs += triton.cdiv(tile_words, _PAD_WORDS)
     if not programs:
         return
     arch = arch_of(x.device)
@@ -343,7 +363,7 @@ def _launch(
         token_scale,
         m,
         x_q.shape[0],
-        sf.shape[0],
+        pad_start,
         blocks,
         padded_blocks,
         x.stride(0) // 2 if x.shape[0] > 1 else x.shape[1] // 2,
@@ -356,11 +376,12 @@ def _launch(
         TOP_K=top_k,
         FAST=fast,
         PDL=pdl,
-        BLOCK_M=block_m,
-        BLOCKS=width,
-        WHOLE=whole,
+        BLOCK_M=config.rows,
+        BLOCKS=config.blocks,
+        CHUNKS=config.chunks,
+        PAD_WORDS=_PAD_WORDS,
         ARCH=arch,
-        num_warps=warps,
+        num_warps=config.warps,
         enable_fp_fusion=False,
         launch_pdl=pdl,
     )
@@ -386,9 +407,7 @@ def _quantize(
         else:
             mode, named = "listed", None
         out = _empty(x, x.shape[0], k, layout, per_token) if out is None else out
-        _launch(
-            x, k, a_global_sf, out, layout=layout, per_token=per_token, rows_mode=mode, index=index, named=named, **options
-        )
+        _launch(x, k, a_global_sf, out, layout=layout, per_token=per_token, rows_mode=mode, index=index, named=named, **options)
     return out
 
 
@@ -481,16 +500,19 @@ def dequantize(
     layout: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """e2m1 * SF * scale in fp32, then `dtype` (fp32, fp16, bf16). x_q [M, K/2], sf in `layout`, global_scale fp32 [1] or [M]."""
+    """e2m1 * SF * scale in fp32, then `dtype` (fp32, fp16, bf16).
+
+    x_q [M, K/2], sf in `layout`, global_scale fp32 [1] or [M].
+    """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"dtype: got {dtype}, allowed are float32, float16 and bfloat16")
     m, k = x_q.shape[0], 2 * x_q.shape[1]
     out = torch.empty(m, k, dtype=dtype, device=x_q.device)
     blocks = k // GROUP_SIZE
     if out.numel():
-        block_m, width, warps = tile(m, blocks, False, False)
+        config = tile(m, blocks, False, False)
         with on_device(x_q):
-            dequantize_kernel[(triton.cdiv(m, block_m) * triton.cdiv(blocks, width),)](
+            dequantize_kernel[(triton.cdiv(m, config.rows) * triton.cdiv(blocks, config.blocks),)](
                 x_q.contiguous(),
                 sf.view(torch.uint8).contiguous(),
                 global_scale,
@@ -500,10 +522,10 @@ def dequantize(
                 blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4),
                 0 if global_scale.numel() == 1 else 1,
                 LAYOUT=layout,
-                BLOCK_M=block_m,
-                BLOCKS=width,
+                BLOCK_M=config.rows,
+                BLOCKS=config.blocks,
                 ARCH=arch_of(x_q.device),
-                num_warps=warps,
+                num_warps=config.warps,
                 enable_fp_fusion=False,
             )
     return out

@@ -61,7 +61,8 @@ def search_kernel(
     word = tl.arange(0, 8)
     mask = (row < rows)[:, None] & (block < blocks)
     dtype: tl.constexpr = weight.dtype.element_ty
-    offset = tl.multiple_of(row * stride, 2)[:, None, None] + (block[:, None] * 8 + word)
+    row_offset = tl.multiple_of(row * stride, 64 // dtype.primitive_bitwidth)  # 16 bytes
+    offset = row_offset[:, None, None] + (block[:, None] * 8 + word)
     low, high = unpack_pair(tl.load(word_pointer(weight) + offset, mask=mask[:, :, None], other=0), dtype)
     g = tl.load(encode_scale + row // rows_per_matrix, mask=row < rows, other=1.0)[:, None]
     inverse_g = reciprocal(g, False, ARCH)
