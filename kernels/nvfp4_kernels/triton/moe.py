@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from . import moe_gemm, moe_gemm_hopper
 from .moe_combine import combine
-from .moe_gemm import ExpertWeights, grouped_gemm
-from .moe_operand import operand
+from .moe_gemm import ExpertWeights
+from .moe_operand import has_fp8_tensor_cores, operand
 from .moe_routing import route
+from .numerics import arch_of
 
 _CHUNK_SLOTS = 1 << 17  # (token, slot) pairs served at once: bounds the permuted buffers
 
@@ -19,6 +21,14 @@ def _block_m(slots: int, experts: int) -> int:
     """Rows of a tile: about the slots of an expert."""
     mean = slots / experts
     return 16 if mean <= 16 else 32 if mean <= 48 else 64 if mean <= 96 else 128
+
+
+def describe(activation: str, device: torch.device) -> tuple[str, str]:
+    """Kernel and reason of an activation mode, for `nvfp4 doctor`."""
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        return "gluon moe_gemm_hopper", "SM90, both K multiples of 256 (the portable Triton GEMM takes other shapes)"
+    operands = "e4m3" if activation == "fp8_per_token" and has_fp8_tensor_cores(arch_of(device)) else "16-bit"
+    return "triton moe_gemm", f"weights decoded in registers, {operands} operands on the tensor cores"
 
 
 def _expert_weights(
@@ -104,13 +114,16 @@ def _forward(
 ) -> None:
     """One chunk of tokens, into `out`."""
     experts = w13.data.shape[0]
+    hopper = moe_gemm_hopper.serves(x.device, (w13, w2), act_fn)
     block_m = _block_m(topk_ids.numel(), experts)
     routing = route(topk_ids, experts, block_m, expert_map)
     if len(routing.tile_to_expert) == 0:
         out.zero_()
         return
-    # Rows of a token that are all the same are gathered by the GEMM; those with a weight or scale of their own are copied.
-    permute = weights_on_input or (w13.input_scale is not None and w13.input_scale.numel() > 1)
+    # The portable GEMM gathers the rows of a token where they are all the same; the Hopper one copies tiles in bulk, so that
+    # they have to lie together.
+    per_expert = w13.input_scale is not None and w13.input_scale.numel() > 1
+    permute = hopper or weights_on_input or per_expert
     a, a_scale = x, None
     if permute or activation != "none":
         a, a_scale = operand(
@@ -121,10 +134,19 @@ def _forward(
             permute=permute,
             topk_weights=topk_weights if weights_on_input else None,
             block_m=block_m,
+            reorder=hopper,
         )
-    h = grouped_gemm(a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, gather=not permute, act_fn=act_fn)
+    if hopper:
+        h = moe_gemm_hopper.grouped_gemm(
+            a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, act_fn=act_fn, operand_order=activation == "none"
+        )
+    else:
+        h = moe_gemm.grouped_gemm(a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, gather=not permute, act_fn=act_fn)
     h_scale = None
     if activation != "none":
-        h, h_scale = operand(h, activation, input_scale=w2.input_scale, routing=routing, block_m=block_m)
-    y = grouped_gemm(h, h_scale, w2, routing, dtype=x.dtype, block_m=block_m, gather=False)
+        h, h_scale = operand(h, activation, input_scale=w2.input_scale, routing=routing, block_m=block_m, reorder=hopper)
+    if hopper:
+        y = moe_gemm_hopper.grouped_gemm(h, h_scale, w2, routing, dtype=x.dtype, block_m=block_m)
+    else:
+        y = moe_gemm.grouped_gemm(h, h_scale, w2, routing, dtype=x.dtype, block_m=block_m, gather=False)
     combine(y, routing, None if weights_on_input else topk_weights, out)

@@ -58,12 +58,13 @@ def _fp8_codes(values, scale, ARCH: tl.constexpr):
 def operand_kernel(
     x, index, topk_weights, input_scale, tile_to_expert, out, out_scale, x_stride, K, block_m,
     MODE: tl.constexpr, SCATTER: tl.constexpr, TOP_K: tl.constexpr, COPIES: tl.constexpr, WEIGHTED: tl.constexpr,
-    PER_EXPERT: tl.constexpr, BLOCK: tl.constexpr, ARCH: tl.constexpr,
+    PER_EXPERT: tl.constexpr, REORDER: tl.constexpr, BLOCK: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One row of x [rows, K] to `out` and its scale to `out_scale`.
 
     SCATTER: row t goes to rows index[t, slot] for COPIES slots from program_id(1) on (none where negative). Otherwise it
-    stays in its row, and is left out if index[row] is negative; without index every row is taken.
+    stays in its row, and is left out if index[row] is negative; without index every row is taken. REORDER: K in the order
+    that the Hopper GEMM reads.
     """
     source = tl.program_id(0).to(tl.int64)
     slot = source * TOP_K + tl.program_id(1)
@@ -112,6 +113,15 @@ def operand_kernel(
             elif MODE != "none":
                 values = _nvfp4_values(values, g, inverse_g, BLOCK, ARCH)
             values = values.to(out.dtype.element_ty)
+            if REORDER:
+                # K as (chunk of 128, t, word, half, code): 16-bit operands come in the order (word, code, t, half), e4m3
+                # ones in (word, half, t, code); see hopper.py.
+                parts = tl.reshape(values, [BLOCK // 128, 4, 4, 2, 4])
+                if out.dtype.element_ty == tl.uint8:
+                    parts = tl.permute(parts, [0, 2, 3, 1, 4])
+                else:
+                    parts = tl.permute(parts, [0, 2, 4, 1, 3])
+                values = tl.reshape(parts, [BLOCK])
             for copy in range(COPIES):
                 target = row
                 if SCATTER and COPIES > 1:
@@ -139,11 +149,13 @@ def operand(
     permute: bool = False,
     topk_weights: torch.Tensor | None = None,
     block_m: int = 1,
+    reorder: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Operand [rows, K] (x's dtype; float8_e4m3fn for "fp8_per_token" where tensor cores take it) and fp32 row scales.
 
     `routing` with `permute`: x is [tokens, K], rows go to their permuted places, multiplied by `topk_weights` first if
     given. `routing` alone: x is permuted already, and padding rows are left out. Rows that nothing names stay unwritten.
+    `reorder`: K in the order of hopper.py; K is then a multiple of 128.
     """
     arch = arch_of(x.device)
     rows, k = x.shape
@@ -178,6 +190,7 @@ def operand(
         COPIES=1 if slots_differ else top_k,
         WEIGHTED=topk_weights is not None,
         PER_EXPERT=per_expert,
+        REORDER=reorder,
         BLOCK=block,
         ARCH=arch,
         num_warps=4 if block <= 2048 else 8,
