@@ -104,8 +104,9 @@ class LayerWeights:
             self._drop(layer)
             self._close(layer)
         else:
-            came = [f"{count} of {self._slots[name].expected} of {name}" for name, count in self._received.items()]
-            raise ValueError(f"{self._name}: only some of this layer's values came: {', '.join(came)}")
+            expected = {name: slot.expected for name, slot in self._slots.items()}
+            missing = [f"{n} of {expected[name]} of {name}" for name, n in self._received.items() if n != expected[name]]
+            raise ValueError(f"{self._name}: only some of this layer's values came: {', '.join(missing)}")
 
     def weight(self, layer: torch.nn.Module, names: Mapping[str, str]) -> Nvfp4Weight:
         """The weight that the layer runs with, in the parameters `names` (`layers.parameter_names`)."""

@@ -74,6 +74,8 @@ def _scalar_loader(weight_loader: Callable[..., None], input_scale: str) -> Call
     it is one scalar for each matrix, as it should be."""
 
     def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, *args: Any, **kwargs: Any) -> None:
+        if loaded_weight.dim() == 0:
+            loaded_weight = loaded_weight.reshape(1)  # written by a copy, which `LayerWeights` counts, and not by a fill
         weight_loader(param, loaded_weight, weight_name.replace(input_scale, "scale"), *args, **kwargs)
 
     return load
