@@ -18,6 +18,7 @@ HIDDEN = 64
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 INTERMEDIATE = 128
 EXPERTS, TOP_K = 8, 2
+PROMPT = [(7 * i + 3) % (VOCAB - 3) + 3 for i in range(40)]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -53,6 +54,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": EXPERTS,
         "num_experts_per_tok": TOP_K,
         "sliding_window": None,
+        "head_dim": HIDDEN // HEADS,  # SGLang's Mixtral knows no other
     },
     # The one with shared experts, and with biases in its attention.
     "qwen2_moe": {
@@ -270,3 +272,19 @@ FORMS: dict[str, Callable[[TinyModel, Path], Path]] = {
     "legacy_modelopt": save_legacy_modelopt,
     "compressed_tensors": save_compressed_tensors,
 }
+
+
+def save(model: TinyModel, form: str, folder: Path) -> Path:
+    """Write `model` in "bf16" or one of FORMS."""
+    return model.save(folder) if form == "bf16" else FORMS[form](model, folder)
+
+
+def reference_logprobs(model: TinyModel, prompt: list[int], folder: Path, scale_search: str = "mse") -> torch.Tensor:
+    """What Hugging Face's model gives for each token of `prompt` after the first, over fake-quantized weights, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    weights = model.fake_quantized(scale_search)
+    reference = AutoModelForCausalLM.from_pretrained(model.save(folder, weights, dtype="float32"), dtype=torch.float32)
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt])).logits[0]
+    return logits.log_softmax(-1)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
