@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from nvfp4_plugin.cli.bench import app as bench
+from nvfp4_plugin.cli.demo import demo
 from nvfp4_plugin.cli.doctor import doctor
 from nvfp4_plugin.cli.evaluate import evaluate
 from nvfp4_plugin.cli.quantize import quantize
@@ -18,3 +19,4 @@ app.command()(doctor)
 app.command()(quantize)
 app.add_typer(bench, name="bench")
 app.command(name="eval")(evaluate)
+app.command()(demo)

@@ -1,10 +1,9 @@
-"""`nvfp4 eval`: what quantization costs each layer of a checkpoint."""
+"""`nvfp4 eval`: what quantization costs each layer of a folder."""
 
 from __future__ import annotations
 
 import json as json_module
 import math
-import statistics
 import sys
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nvfp4_plugin.cli.benchmark import DeviceOption, pick_device
-from nvfp4_plugin.cli.checkpoint import Checkpoint, CheckpointError, sqnr, warn_unmatched
+from nvfp4_plugin.cli.model_folder import ModelError, ModelFolder, mean_finite, sqnr
 from nvfp4_plugin.cli.quantize import HeadOption, IgnoreOption, ModelArgument, RecipeOption, SearchOption, options
 
 
@@ -33,23 +32,22 @@ def evaluate(
     where = pick_device(device)
     layers: list[dict[str, Any]] = []
     try:
-        checkpoint = Checkpoint(model)
-        for warning in warn_unmatched(config, checkpoint):
+        folder = ModelFolder(model)
+        for warning in folder.unmatched(config):
             errors.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        names = checkpoint.linear_weights(config)
+        names = folder.linear_layers(config)
         for module in track(names, "quantizing", console=errors, transient=True):
-            weight = checkpoint.tensor(f"{module}.weight").to(where)
-            quantized = checkpoint.quantize(module, config, weight)
+            weight = folder.tensor(f"{module}.weight").to(where)
+            quantized = folder.quantize(module, config, weight)
             layers.append({"layer": module, "shape": list(weight.shape), "sqnr_db": sqnr(weight, quantized)})
-    except CheckpointError as error:
+    except ModelError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    finite = [layer["sqnr_db"] for layer in layers if math.isfinite(layer["sqnr_db"])]
-    mean = statistics.fmean(finite) if finite else None
+    mean = mean_finite([layer["sqnr_db"] for layer in layers])
     if json:
-        # JSON has no infinity: a layer that lost nothing has null.
-        rows = [layer | {"sqnr_db": layer["sqnr_db"] if math.isfinite(layer["sqnr_db"]) else None} for layer in layers]
-        json_module.dump({"scale_search": config.scale_search, "mean_sqnr_db": mean, "layers": rows}, sys.stdout, indent=2)
+        document = {"scale_search": config.scale_search, "mean_sqnr_db": mean, "layers": layers}
+        # JSON has no infinity: null stands for a layer that lost nothing.
+        json_module.dump(_nulls(document), sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
     table = Table("layer", "shape", title=f"Weight SQNR, scale_search {config.scale_search}", title_justify="left")
@@ -58,5 +56,15 @@ def evaluate(
         table.add_row(layer["layer"], "x".join(map(str, layer["shape"])), f"{layer['sqnr_db']:.2f}")
     console = Console()
     console.print(table)
-    if mean is not None:
-        console.print(f"mean {mean:.2f} dB, lowest {min(finite):.2f} dB over {len(layers)} layers", highlight=False)
+    if layers:
+        lowest = min(layers, key=lambda layer: layer["sqnr_db"])
+        text = f"mean {mean:.2f} dB over {len(layers)} layers, lowest {lowest['sqnr_db']:.2f} dB ({lowest['layer']})"
+        console.print(text, highlight=False, soft_wrap=True)
+
+
+def _nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulls(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_nulls(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nvfp4_configs import Nvfp4Config, recipe_names
 from nvfp4_plugin.cli.benchmark import DeviceOption, pick_device
-from nvfp4_plugin.cli.checkpoint import Checkpoint, CheckpointError, sqnr, warn_unmatched
+from nvfp4_plugin.cli.model_folder import ModelError, ModelFolder, mean_finite, sqnr
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help=f"{', '.join(recipe_names())}, or a .yaml file; else NVFP4_CONFIG.")
@@ -63,7 +62,7 @@ def quantize(
     errors = Console(stderr=True)
     try:
         summary = quantize_checkpoint(model, out, config, pick_device(device), errors)
-    except CheckpointError as error:
+    except ModelError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     Console().print(
@@ -79,16 +78,16 @@ def quantize_checkpoint(model: Path, out: Path, config: Nvfp4Config, device: Any
     """Write `model` quantized under `config` to `out`, one safetensors file at a time; nothing is left of a failed try.
 
     Projections that run fused (q, k and v; gate and up) share one global scale, so that frameworks that keep a single one
-    for the fused matrix load the checkpoint without loss. Raises CheckpointError naming tensor and file.
+    for the fused matrix load the checkpoint without loss. Raises ModelError naming tensor and file.
     """
-    source = Checkpoint(model)
+    source = ModelFolder(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists; allowed: a folder that does not, or an empty one")
-    for warning in warn_unmatched(config, source):
+        raise ModelError(f"{out} exists; allowed: a folder that does not, or an empty one")
+    for warning in source.unmatched(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    layers = source.linear_weights(config)
+    layers = source.linear_layers(config)
     if not layers:
-        raise CheckpointError(f"{model}: found no linear layer to quantize under {config}")
+        raise ModelError(f"{model}: found no linear layer to quantize under {config}")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -102,11 +101,12 @@ def quantize_checkpoint(model: Path, out: Path, config: Nvfp4Config, device: Any
     return summary
 
 
-def _write(
-    source: Checkpoint, out: Path, config: Nvfp4Config, layers: dict[str, str], device: Any, console: Console
-) -> Summary:
+def _write(source: ModelFolder, out: Path, config: Nvfp4Config, layers: list[str], device: Any, console: Console) -> Summary:
     from safetensors.torch import save_file
 
+    from nvfp4_plugin.checkpoint import INDEX_FILE, MODELOPT
+
+    quantized_modules = set(layers)
     before = after = total = 0
     noise: list[float] = []
     weight_map: dict[str, str] = {}
@@ -118,21 +118,22 @@ def _write(
             shard: dict[str, Any] = {}
             for name, tensor in source.tensors(file):
                 module = name.removesuffix(".weight")
-                if module not in layers or name == module:
+                if module not in quantized_modules or name == module:
                     shard[name] = tensor
                     continue
                 weight = tensor.to(device)
                 if module not in global_scales:
                     global_scales |= _shared_global_scale(source, module, config, device)
                 quantized = source.quantize(module, config, weight, global_scales[module])
-                shard[f"{module}.weight"] = quantized.data.cpu()
-                shard[f"{module}.weight_scale"] = quantized.scales.cpu()
-                shard[f"{module}.weight_scale_2"] = quantized.global_scale.cpu()
+                shard[f"{module}.{MODELOPT.weight}"] = quantized.data.cpu()
+                shard[f"{module}.{MODELOPT.scale}"] = quantized.scales.cpu()
+                shard[f"{module}.{MODELOPT.global_scale}"] = quantized.global_scale.cpu()
                 before += tensor.nbytes
                 after += quantized.nbytes
                 noise.append(sqnr(weight, quantized))
                 progress.update(task, advance=1, description=module)
             save_file(shard, out / file.name, metadata={"format": "pt"})
+            shutil.copymode(file, out / file.name)  # safetensors writes files for their owner alone
             weight_map |= dict.fromkeys(shard, file.name)
             total += sum(tensor.nbytes for tensor in shard.values())
     for path in source.folder.iterdir():  # the tokenizer and whatever else belongs to the model
@@ -140,14 +141,13 @@ def _write(
             shutil.copy2(path, out / path.name)
     if len(source.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     model_config = source.config | {"quantization_config": quantization_config(source, config)}
     (out / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
-    finite = [value for value in noise if math.isfinite(value)]
-    return Summary(len(layers), before, after, sum(finite) / len(finite) if finite else math.inf)
+    return Summary(len(layers), before, after, mean_finite(noise))
 
 
-def quantization_config(source: Checkpoint, config: Nvfp4Config) -> dict[str, Any]:
+def quantization_config(source: ModelFolder, config: Nvfp4Config) -> dict[str, Any]:
     """ModelOpt's entry for config.json: weights in NVFP4, no static activation scales."""
     left_alone = set(source.left_alone(config))
     if not config.lm_head:
@@ -162,7 +162,7 @@ def quantization_config(source: Checkpoint, config: Nvfp4Config) -> dict[str, An
     }
 
 
-def _shared_global_scale(source: Checkpoint, module: str, config: Nvfp4Config, device: Any) -> dict[str, Any]:
+def _shared_global_scale(source: ModelFolder, module: str, config: Nvfp4Config, device: Any) -> dict[str, Any]:
     """Module -> global scale, for `module` and those that run fused with it; None (its own) where it runs alone."""
     import torch
 
@@ -178,4 +178,5 @@ def _shared_global_scale(source: Checkpoint, module: str, config: Nvfp4Config, d
         # A matrix of zeros has the scale 1, which says nothing.
         if extreme.any() and (largest is None or scale > largest):
             largest = scale
-    return dict.fromkeys(partners, None if largest is None else largest.to(device))
+    # Tensors of their own: safetensors writes no two names for one piece of memory.
+    return {partner: None if largest is None else largest.to(device, copy=True) for partner in partners}

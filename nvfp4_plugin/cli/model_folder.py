@@ -1,0 +1,162 @@
+"""Folders of unquantized models: their linear layers, by what names and shapes tell, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvfp4_configs import Nvfp4Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from nvfp4_kernels import Nvfp4Weight
+    from nvfp4_plugin.checkpoint import CheckpointIndex
+
+# No matrix products; checkpoints of some models keep them as plain 2-D `weight`s all the same.
+NO_LINEAR_LAYER = re.compile(r"(.*[._])?(wte|wpe|[^.]*(norm|embed|rotary)[^.]*)(\..*)?")
+# Encoders of other modalities stay as they are, as in ModelOpt.
+OTHER_MODALITY = re.compile(r".*(vision|visual|image|audio|speech|multi_modal_projector|mm_projector).*")
+HEADS = ("lm_head", "output", "embed_out")
+FUSED_GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Projections that serving frameworks run as one matrix."""
+# Their linear layers keep [K, N], transposed: blocks of 16 would run along the wrong side.
+TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+class ModelError(ValueError):
+    """A model that cannot be read or quantized; the message names the file, and the tensor if it is one's fault."""
+
+
+class ModelFolder:
+    """A folder with config.json and *.safetensors of an unquantized model. ModelError if it is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder}: got no config.json; allowed: the folder of a Hugging Face model")
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        except json.JSONDecodeError as error:
+            raise ModelError(f"{folder / 'config.json'} is not JSON: {error}") from None
+        quantization = self.config.get("quantization_config")
+        if quantization or (folder / "hf_quant_config.json").is_file():
+            method = (quantization or {}).get("quant_method", "hf_quant_config.json")
+            raise ModelError(f"{folder} is quantized already ({method}); allowed: a bf16, fp16 or fp32 model")
+        if self.config.get("model_type") in TRANSPOSED_MODELS:
+            raise ModelError(
+                f"{folder / 'config.json'}: model_type: got {self.config['model_type']!r}, which keeps linear weights "
+                "transposed; allowed: models of nn.Linear layers"
+            )
+
+    @cached_property
+    def index(self) -> CheckpointIndex:
+        """The headers of the safetensors files."""
+        from nvfp4_plugin.checkpoint import CheckpointIndex
+
+        try:
+            index = CheckpointIndex.find(str(self.folder))
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        if index is None:
+            raise ModelError(f"{self.folder}: got no *.safetensors files; allowed: weights in safetensors")
+        return index
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights, in the order of their names."""
+        return sorted({Path(info.file) for info in self.index.tensors.values()})
+
+    def tensors(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of one file, one at a time, on the CPU."""
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                yield name, handle.get_tensor(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor by name, on the CPU."""
+        from safetensors import safe_open
+
+        with safe_open(self.index.tensors[name].file, framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def linear_layers(self, config: Nvfp4Config) -> list[str]:
+        """The modules that `config` quantizes."""
+        return [module for module, reason in self._reasons(config).items() if not reason]
+
+    def left_alone(self, config: Nvfp4Config) -> dict[str, str]:
+        """Module -> why it is not quantized, of the other weights of two dimensions and more."""
+        return {module: reason for module, reason in self._reasons(config).items() if reason}
+
+    def _reasons(self, config: Nvfp4Config) -> dict[str, str]:
+        return {
+            name.removesuffix(".weight"): _reason(name, info.shape, config)
+            for name, info in self.index.tensors.items()
+            if len(info.shape) > 1
+        }
+
+    def unmatched(self, config: Nvfp4Config) -> list[str]:
+        """A sentence for each `ignore` pattern that means no module of this model."""
+        modules = [name.rpartition(".")[0] for name in self.index.tensors]
+        return [f"ignore: {pattern!r} matches no module of {self.folder}" for pattern in config.unmatched(modules)]
+
+    def partners(self, module: str) -> list[str]:
+        """The modules that run fused with `module`, itself included: q, k and v; gate and up."""
+        parent, dot, last = module.rpartition(".")
+        group = next((group for group in FUSED_GROUPS if last in group), (last,))
+        every = [f"{parent}{dot}{part}" for part in group]
+        return [partner for partner in every if f"{partner}.weight" in self.index.tensors]
+
+    def quantize(self, module: str, config: Nvfp4Config, weight: torch.Tensor, global_scale: Any = None) -> Nvfp4Weight:
+        """`quantize_weight` of a module's weight; the ModelError names the tensor and its file."""
+        from nvfp4_kernels import quantize_weight
+
+        try:
+            return quantize_weight(weight, scale_search=config.scale_search, global_scale=global_scale)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{self.index.describe(f'{module}.weight')}: {error}") from None
+
+
+def _reason(name: str, shape: Sequence[int], config: Nvfp4Config) -> str:
+    """Why the tensor is not quantized; empty if it is."""
+    from nvfp4_plugin.plan import is_router
+
+    module = name.removesuffix(".weight")
+    if name == module or len(shape) != 2:
+        return "not a linear layer's weight"
+    if module.rpartition(".")[2] in HEADS and not config.lm_head:
+        return "the head stays as it is unless asked (lm_head)"
+    if is_router(module):
+        return "a router"
+    if NO_LINEAR_LAYER.fullmatch(module) and module.rpartition(".")[2] not in HEADS:
+        return "not a linear layer"
+    if OTHER_MODALITY.fullmatch(module):
+        return "an encoder of another modality"
+    if config.ignores(module):
+        return "ignored"
+    if shape[1] % 16:
+        return f"K = {shape[1]} is not a multiple of 16"
+    return ""
+
+
+def sqnr(weight: torch.Tensor, quantized: Nvfp4Weight) -> float:
+    """Signal to quantization noise, dB: 10 log10(sum w^2 / sum (w - q)^2); infinite where nothing was lost."""
+    import torch
+
+    reference = weight.to(torch.float32)
+    noise = (reference - quantized.dequantize(torch.float32)).square_().sum(dtype=torch.float64).item()
+    signal = reference.square().sum(dtype=torch.float64).item()
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def mean_finite(values: Sequence[float]) -> float:
+    """The mean of the finite values; infinite if there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.inf
