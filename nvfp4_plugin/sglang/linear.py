@@ -13,7 +13,7 @@ from nvfp4_kernels import Nvfp4Weight, nvfp4_linear
 from nvfp4_kernels.formats import GROUP_SIZE
 
 from .. import layers
-from .loading import INPUT_SCALE, LayerWeights, Slot, Tensors
+from .loading import INPUT_SCALE, Layer, LayerWeights, Slot, Tensors
 
 if TYPE_CHECKING:
     from .config import Nvfp4QuantizationConfig
@@ -44,7 +44,7 @@ class _LinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Layer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -60,8 +60,8 @@ class _LinearMethod(LinearMethodBase):
         layer.output_size_per_partition = sum(widths)
         parts = self.plan.part_names(self.prefix, len(widths), self.quant_config.packed_modules_mapping)
 
-        def process(loaded: Tensors) -> dict[str, torch.Tensor | None]:
-            weight, input_scale = self._make(loaded, widths, parts)
+        def process(loaded: Tensors, describe: layers.Describe) -> dict[str, torch.Tensor | None]:
+            weight, input_scale = self._make(loaded, widths, parts, describe)
             weight = weight.prepared(self._activation)
             return {**{name: getattr(weight, field) for field, name in self._names.items()}, INPUT_SCALE: input_scale}
 
@@ -71,24 +71,27 @@ class _LinearMethod(LinearMethodBase):
             self._slots(layer, sum(widths), k, len(widths), params_dtype),
             process,
             extra_weight_attrs["weight_loader"],
+            describe=self.plan.describe,
             dummy=self.quant_config.dummy,
         )
 
-    def _slots(self, layer: torch.nn.Module, n: int, k: int, matrices: int, dtype: torch.dtype) -> dict[str, Slot]:
+    def _slots(self, layer: Layer, n: int, k: int, matrices: int, dtype: torch.dtype) -> dict[str, Slot]:
         raise NotImplementedError
 
-    def _make(self, loaded: Tensors, widths: list[int], parts: list[str]) -> tuple[Nvfp4Weight, torch.Tensor | None]:
+    def _make(
+        self, loaded: Tensors, widths: list[int], parts: list[str], describe: layers.Describe
+    ) -> tuple[Nvfp4Weight, torch.Tensor | None]:
         """The weight, and the static input scale where it is used."""
         raise NotImplementedError
 
-    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+    def restore_weights_before_loading(self, layer: Layer) -> None:
         layer.nvfp4_weights.open(layer)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         self.plan.warn_unmatched()
         layer.nvfp4_weights.finish(layer)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weights: LayerWeights = layer.nvfp4_weights
         return nvfp4_linear(
             x,
@@ -103,7 +106,7 @@ class _LinearMethod(LinearMethodBase):
 class Nvfp4LinearMethod(_LinearMethod):
     """A layer that the checkpoint holds in NVFP4."""
 
-    def _slots(self, layer: torch.nn.Module, n: int, k: int, matrices: int, dtype: torch.dtype) -> dict[str, Slot]:
+    def _slots(self, layer: Layer, n: int, k: int, matrices: int, dtype: torch.dtype) -> dict[str, Slot]:
         names = self.plan.names
         scalar = Slot((matrices,), torch.float32, _scalars, dummy=names.dummy_scale)
         slots = {
@@ -113,8 +116,10 @@ class Nvfp4LinearMethod(_LinearMethod):
         }
         return {**slots, names.input_scale: scalar} if self.plan.static_activations else slots
 
-    def _make(self, loaded: Tensors, widths: list[int], parts: list[str]) -> tuple[Nvfp4Weight, torch.Tensor | None]:
-        names, describe = self.plan.names, self.plan.describe
+    def _make(
+        self, loaded: Tensors, widths: list[int], parts: list[str], describe: layers.Describe
+    ) -> tuple[Nvfp4Weight, torch.Tensor | None]:
+        names = self.plan.names
         weight = layers.load_linear(
             loaded[names.weight], loaded[names.scale], loaded[names.global_scale], widths, parts, names, describe=describe
         )
@@ -131,11 +136,13 @@ class Nvfp4OnlineLinearMethod(_LinearMethod):
     is no moment at which they could all agree.
     """
 
-    def _slots(self, layer: torch.nn.Module, n: int, k: int, matrices: int, dtype: torch.dtype) -> dict[str, Slot]:
+    def _slots(self, layer: Layer, n: int, k: int, matrices: int, dtype: torch.dtype) -> dict[str, Slot]:
         # The end of a vocabulary is padding.
         rows = getattr(layer, "num_org_embeddings_per_partition", n)
         return {"weight": Slot((n, k), dtype, _matrix, padding=(n - rows) * k)}
 
-    def _make(self, loaded: Tensors, widths: list[int], parts: list[str]) -> tuple[Nvfp4Weight, torch.Tensor | None]:
+    def _make(
+        self, loaded: Tensors, widths: list[int], parts: list[str], describe: layers.Describe
+    ) -> tuple[Nvfp4Weight, torch.Tensor | None]:
         search = self.plan.options.scale_search
-        return layers.quantize_linear(loaded["weight"], widths, parts, scale_search=search, describe=self.plan.describe), None
+        return layers.quantize_linear(loaded["weight"], widths, parts, scale_search=search, describe=describe), None

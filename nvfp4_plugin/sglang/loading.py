@@ -23,6 +23,8 @@ from .. import layers
 INPUT_SCALE = "input_decode_scale"
 """The parameter that holds a layer's static input scale, where it is used."""
 
+Layer = Any
+"""A torch.nn.Module of SGLang, with the attributes that SGLang and this package keep on it."""
 Tensors = dict[str, torch.Tensor]
 MakeParameter = Callable[[torch.Tensor, Callable[..., None]], torch.nn.Parameter]
 """Puts storage and a weight loader into a parameter of the kind that SGLang's loading code expects."""
@@ -48,24 +50,28 @@ class Slot:
 class LayerWeights:
     """The parameters of one layer: while it loads those of `slots`, afterwards those that it runs with.
 
-    process: makes the parameters to run with, by name, of what was loaded into the slots, by name.
+    process: makes the parameters to run with, by name, of what was loaded into the slots, by name; it describes tensors in
+        messages with what it gets besides.
     weight_loader: SGLang's for this layer.
+    describe: adds to a tensor's name the file of the checkpoint that it came from.
     """
 
     def __init__(
         self,
-        layer: torch.nn.Module,
+        layer: Layer,
         name: str,
         slots: dict[str, Slot],
-        process: Callable[[Tensors], dict[str, torch.Tensor | None]],
+        process: Callable[[Tensors, layers.Describe], dict[str, torch.Tensor | None]],
         weight_loader: Callable[..., None],
         *,
+        describe: layers.Describe,
         dummy: bool,
     ) -> None:
         self._name = name
         self._slots = slots
         self._process = process
         self._weight_loader = weight_loader
+        self._describe = describe
         self._dummy = dummy
         self._device = torch.get_default_device()
         self._lock = threading.Lock()
@@ -73,7 +79,7 @@ class LayerWeights:
         self._loading = False
         self.open(layer)
 
-    def open(self, layer: torch.nn.Module) -> None:
+    def open(self, layer: Layer) -> None:
         """Give `layer` empty parameters to load into; what was loaded into earlier ones is forgotten.
 
         What the layer runs with is kept, and used, until it is replaced.
@@ -89,7 +95,7 @@ class LayerWeights:
             empty = torch.empty(0, dtype=slot.dtype, device=self._device)
             layer.register_parameter(name, slot.make(empty, self._loader(layer, name)))
 
-    def finish(self, layer: torch.nn.Module) -> None:
+    def finish(self, layer: Layer) -> None:
         """Everything that was to be loaded has been. A layer that got nothing goes on with what it ran with.
 
         ValueError that counts, tensor by tensor, what came if that was not all.
@@ -108,15 +114,16 @@ class LayerWeights:
             missing = [f"{n} of {expected[name]} of {name}" for name, n in self._received.items() if n != expected[name]]
             raise ValueError(f"{self._name}: only some of this layer's values came: {', '.join(missing)}")
 
-    def weight(self, layer: torch.nn.Module, names: Mapping[str, str]) -> Nvfp4Weight:
+    def weight(self, layer: Layer, names: Mapping[str, str]) -> Nvfp4Weight:
         """The weight that the layer runs with, in the parameters `names` (`layers.parameter_names`)."""
-        return layers.installed(SimpleNamespace(**self._running) if self._loading else layer, names)
+        holder: Any = SimpleNamespace(**self._running) if self._loading else layer
+        return layers.installed(holder, names)
 
-    def parameter(self, layer: torch.nn.Module, name: str) -> torch.Tensor | None:
+    def parameter(self, layer: Layer, name: str) -> torch.Tensor | None:
         """Another parameter that the layer runs with."""
         return self._running[name] if self._loading else getattr(layer, name)
 
-    def _loader(self, layer: torch.nn.Module, name: str) -> Callable[..., None]:
+    def _loader(self, layer: Layer, name: str) -> Callable[..., None]:
         """SGLang's weight loader for the parameter `name`, with a count of what it writes."""
 
         def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -146,14 +153,14 @@ class LayerWeights:
                 "update_weights_from_disk, or between begin_weight_update and end_weight_update"
             ) from error
 
-    def _materialize(self, layer: torch.nn.Module) -> None:
+    def _materialize(self, layer: Layer) -> None:
         for name, slot in self._slots.items():
             parameter = getattr(layer, name)
             if parameter.shape != slot.shape:
                 with self._device:
                     parameter.data = layers.unloaded(*slot.shape, dtype=slot.dtype)
 
-    def _fill(self, layer: torch.nn.Module) -> None:
+    def _fill(self, layer: Layer) -> None:
         # How fast a GPU runs depends on what bits it moves: codes and plain weights are random.
         generator = torch.Generator(device=self._device).manual_seed(0)
         for name, slot in self._slots.items():
@@ -165,10 +172,12 @@ class LayerWeights:
             else:
                 data.normal_(0, 0.02, generator=generator)
 
-    def _replace(self, layer: torch.nn.Module) -> None:
+    def _replace(self, layer: Layer) -> None:
         """Process what was loaded. CUDA graphs hold on to what the layer runs with, so that is written in place."""
+        # What replaces a running layer's weights comes from somewhere else than the checkpoint that it started with.
+        describe = str if self._running else self._describe
         with self._device:
-            processed = self._process({name: getattr(layer, name).data for name in self._slots})
+            processed = self._process({name: getattr(layer, name).data for name in self._slots}, describe)
         self._drop(layer)
         for name, tensor in processed.items():
             running = self._running.get(name)
@@ -184,12 +193,12 @@ class LayerWeights:
             parameter.weight_loader = lambda _, *args, **kwargs: self._load_closed(name, *args, **kwargs)  # type: ignore[attr-defined]
         return parameter
 
-    def _close(self, layer: torch.nn.Module) -> None:
+    def _close(self, layer: Layer) -> None:
         self._loading = False
         for name, parameter in self._running.items():
             layer.register_parameter(name, parameter)
 
-    def _drop(self, layer: torch.nn.Module) -> None:
+    def _drop(self, layer: Layer) -> None:
         for name in self._slots:
             # Whoever loads a model holds on to all of its first parameters until the end, but not to their storage.
             parameter = layer._parameters.pop(name)

@@ -19,7 +19,7 @@ from nvfp4_kernels.formats import GROUP_SIZE
 from nvfp4_kernels.reference.moe import ACT_FNS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 
 from .. import layers
-from .loading import INPUT_SCALE, LayerWeights, MakeParameter, Slot, Tensors
+from .loading import INPUT_SCALE, Layer, LayerWeights, MakeParameter, Slot, Tensors
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe import MoeRunnerConfig
@@ -98,7 +98,7 @@ class _MoEMethod(FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Layer,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -119,10 +119,10 @@ class _MoEMethod(FusedMoEMethodBase):
         sizes = {"w13": (num_experts, rows, hidden_size), "w2": (num_experts, hidden_size, inner)}
         parts = self._parts(layer)
 
-        def process(loaded: Tensors) -> dict[str, torch.Tensor | None]:
+        def process(loaded: Tensors, describe: layers.Describe) -> dict[str, torch.Tensor | None]:
             out: dict[str, torch.Tensor | None] = {}
             for prefix in sizes:
-                weight, input_scale = self._make(loaded, prefix, widths[prefix], parts[prefix])
+                weight, input_scale = self._make(loaded, prefix, widths[prefix], parts[prefix], describe)
                 weight = weight.prepared(self._activation)
                 out |= {name: getattr(weight, field) for field, name in self._names[prefix].items()}
                 out[f"{prefix}_{INPUT_SCALE}"] = input_scale
@@ -134,6 +134,7 @@ class _MoEMethod(FusedMoEMethodBase):
             {name: slot for prefix, size in sizes.items() for name, slot in self._slots(prefix, size, params_dtype).items()},
             process,
             self._weight_loader(extra_weight_attrs["weight_loader"]),
+            describe=self.plan.describe,
             dummy=self.quant_config.dummy,
         )
         if with_bias:
@@ -158,7 +159,7 @@ class _MoEMethod(FusedMoEMethodBase):
         if config.no_combine:
             raise ValueError(f"{self.prefix}: got no_combine, which asks for every expert's output; allowed: their sum")
 
-    def _parts(self, layer: torch.nn.Module) -> dict[str, Parts]:
+    def _parts(self, layer: Layer) -> dict[str, Parts]:
         """The checkpoint's names of a local expert's matrices."""
         gate, up, down = self._projections
         first = layer.moe_ep_rank * layer.num_local_experts
@@ -174,21 +175,23 @@ class _MoEMethod(FusedMoEMethodBase):
     def _slots(self, prefix: str, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Slot]:
         raise NotImplementedError
 
-    def _make(self, loaded: Tensors, prefix: str, widths: list[int], parts: Parts) -> tuple[Nvfp4Weight, torch.Tensor | None]:
+    def _make(
+        self, loaded: Tensors, prefix: str, widths: list[int], parts: Parts, describe: layers.Describe
+    ) -> tuple[Nvfp4Weight, torch.Tensor | None]:
         """The weight, and the static input scales where they are used."""
         raise NotImplementedError
 
-    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
+    def create_moe_runner(self, layer: Layer, moe_runner_config: MoeRunnerConfig) -> None:
         self.moe_runner_config = moe_runner_config
 
-    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+    def restore_weights_before_loading(self, layer: Layer) -> None:
         layer.nvfp4_weights.open(layer)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         self.plan.warn_unmatched()
         layer.nvfp4_weights.finish(layer)
 
-    def apply(self, layer: torch.nn.Module, dispatch_output: DispatchOutput) -> CombineInput:
+    def apply(self, layer: Layer, dispatch_output: DispatchOutput) -> CombineInput:
         x, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
         if not TopKOutputChecker.format_is_standard(topk_output):
             raise ValueError(f"{self.prefix}: got a {type(topk_output).__name__} from the router; allowed: StandardTopKOutput")
@@ -198,9 +201,7 @@ class _MoEMethod(FusedMoEMethodBase):
             # SGLang's convention: experts apply it on CUDA, the models themselves everywhere else.
             topk_weights = topk_weights * factor
         weights: LayerWeights = layer.nvfp4_weights
-        input_scales = None
-        if self.plan.uses_input_scales:
-            input_scales = weights.parameter(layer, f"w13_{INPUT_SCALE}"), weights.parameter(layer, f"w2_{INPUT_SCALE}")
+        scale13, scale2 = (weights.parameter(layer, f"{prefix}_{INPUT_SCALE}") for prefix in ("w13", "w2"))
         out = nvfp4_fused_moe(
             x,
             weights.weight(layer, self._names["w13"]),
@@ -209,7 +210,7 @@ class _MoEMethod(FusedMoEMethodBase):
             topk_ids,
             activation=self._activation,
             act_fn=self._act_fn,
-            input_scales=input_scales,
+            input_scales=None if scale13 is None or scale2 is None else (scale13, scale2),
             w13_bias=getattr(layer, "w13_weight_bias", None),
             w2_bias=getattr(layer, "w2_weight_bias", None),
             apply_router_weight_on_input=self.moe_runner_config.apply_router_weight_on_input,
@@ -221,7 +222,7 @@ class _MoEMethod(FusedMoEMethodBase):
 class Nvfp4MoEMethod(_MoEMethod):
     """Experts that the checkpoint holds in NVFP4."""
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Layer, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         if self._act_fn == "swigluoai":
             raise ValueError(
@@ -246,8 +247,10 @@ class Nvfp4MoEMethod(_MoEMethod):
         }
         return {**slots, f"{prefix}_{names.input_scale}": scalar} if self.plan.static_activations else slots
 
-    def _make(self, loaded: Tensors, prefix: str, widths: list[int], parts: Parts) -> tuple[Nvfp4Weight, torch.Tensor | None]:
-        names, describe = self.plan.names, self.plan.describe
+    def _make(
+        self, loaded: Tensors, prefix: str, widths: list[int], parts: Parts, describe: layers.Describe
+    ) -> tuple[Nvfp4Weight, torch.Tensor | None]:
+        names = self.plan.names
         weight = layers.load_experts(
             loaded[f"{prefix}_{names.weight}"],
             loaded[f"{prefix}_{names.scale}"],
@@ -268,7 +271,9 @@ class Nvfp4OnlineMoEMethod(_MoEMethod):
     def _slots(self, prefix: str, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Slot]:
         return {f"{prefix}_weight": Slot(size, dtype, _WEIGHT)}
 
-    def _make(self, loaded: Tensors, prefix: str, widths: list[int], parts: Parts) -> tuple[Nvfp4Weight, torch.Tensor | None]:
+    def _make(
+        self, loaded: Tensors, prefix: str, widths: list[int], parts: Parts, describe: layers.Describe
+    ) -> tuple[Nvfp4Weight, torch.Tensor | None]:
         search = self.plan.options.scale_search
         weight = loaded[f"{prefix}_weight"]
-        return layers.quantize_experts(weight, widths, parts, scale_search=search, describe=self.plan.describe), None
+        return layers.quantize_experts(weight, widths, parts, scale_search=search, describe=describe), None

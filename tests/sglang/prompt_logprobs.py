@@ -1,0 +1,50 @@
+"""Log-probabilities of a prompt from a framework's own engine, in a process of its own.
+
+python prompt_logprobs.py sglang|vllm OUT.json DTYPE MODEL...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS / "sglang"), str(TESTS / "vllm")]
+
+
+def with_sglang(model: str, dtype: str, prompt: list[int]) -> list[float]:
+    from sglang import Engine
+    from sglang_engine import settings
+
+    engine = Engine(**settings(Path(model), {"activation": "none"}, dtype=dtype))
+    try:
+        output = engine.generate(
+            input_ids=prompt,
+            sampling_params={"max_new_tokens": 4, "temperature": 0},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        assert len(output["output_ids"]) == 4
+        done = engine.update_weights_from_disk(model)
+        assert done[0], done
+        again = engine.generate(input_ids=prompt, sampling_params={"max_new_tokens": 4, "temperature": 0})
+        assert again["output_ids"] == output["output_ids"]
+        return [logprob for logprob, *_ in output["meta_info"]["input_token_logprobs"][1:]]
+    finally:
+        engine.shutdown()
+
+
+def with_vllm(model: str, dtype: str, prompt: list[int]) -> list[float]:
+    from vllm_engine import engine, logprobs
+
+    with engine(Path(model), {"activation": "none"}, dtype=dtype) as llm:
+        return logprobs(llm, prompt).tolist()
+
+
+if __name__ == "__main__":
+    framework, out, dtype, *models = sys.argv[1:]
+    from checkpoints import PROMPT
+
+    run = {"sglang": with_sglang, "vllm": with_vllm}[framework]
+    Path(out).write_text(json.dumps([run(model, dtype, PROMPT) for model in models]))
