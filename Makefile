@@ -47,6 +47,7 @@ $(INSTALLED): pyproject.toml requirements/$(DEVICE).txt requirements/$(DEVICE)-n
 	@echo "Installing into $(VENV) for $(DEVICE): some minutes the first time"
 	$(BIN)/python $(PIP_INSTALL) -r requirements/$(DEVICE).txt -e '.[dev]'
 	$(BIN)/python $(PIP_INSTALL) --no-deps -r requirements/$(DEVICE)-no-deps.txt
+	$(if $(filter cpu,$(DEVICE)),cp requirements/torchvision_cpu_ops.* $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'))
 	touch $@
 
 .triton/%/.installed: | $(INSTALLED)

@@ -7,6 +7,7 @@ nothing calls them. Installed with its .pth file into site-packages, since every
 
 import sys
 from importlib.abc import MetaPathFinder
+from importlib.metadata import version
 
 _OPERATORS = ("nms", "qnms")
 
@@ -17,6 +18,8 @@ class _DeclareOperators(MetaPathFinder):
             sys.meta_path.remove(self)
             import torch
 
+            if torch.version.cuda is not None or version("torchvision").endswith("+cpu"):
+                return None  # the extension loads, and defines them itself
             library = torch.library.Library("torchvision", "FRAGMENT")
             for operator in _OPERATORS:
                 library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
