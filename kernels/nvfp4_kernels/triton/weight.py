@@ -48,7 +48,7 @@ def _block_error(low, high, sf, inverse_g, ARCH: tl.constexpr):
     return tl.sum(error, axis=2)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_matrix"])
+@triton.jit(do_not_specialize=["rows", "rows_per_matrix", "blocks", "stride"])
 def search_kernel(
     weight, encode_scale, data, scales, rows, rows_per_matrix, blocks, stride,
     SEARCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, ARCH: tl.constexpr,
