@@ -156,9 +156,12 @@ def _print(report: dict[str, Any]) -> None:
     console.print(options["problem"] or _one_line(options["resolved"]), markup=False, highlight=False)
 
     console.rule("Kernels", align="left")
-    table = Table("operation", "mode", "kernel", "why", box=None, pad_edge=False)
+    table = Table("operation", "modes", "kernel", "why", box=None, pad_edge=False)
+    modes: dict[tuple[str, str, str], list[str]] = {}
     for choice in report["kernels"]:
-        table.add_row(choice["operation"], choice["mode"], choice["kernel"], choice["reason"])
+        modes.setdefault((choice["operation"], choice["kernel"], choice["reason"]), []).append(choice["mode"])
+    for (operation, kernel, reason), served in modes.items():
+        table.add_row(operation, ", ".join(served), kernel, reason)
     console.print(table)
 
 

@@ -1,0 +1,5 @@
+"""`python -m nvfp4_plugin.cli`: the `nvfp4` command."""
+
+from nvfp4_plugin.cli import app
+
+app()

@@ -1,0 +1,432 @@
+"""The `nvfp4` command: quantize, eval, doctor, the frame of bench, and the servers that the demo starts and stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from nvfp4_configs import CheckpointFormat, Nvfp4Config
+from nvfp4_kernels import Nvfp4Weight, quantize_weight
+from nvfp4_plugin.cli import app, benchmark, server
+from nvfp4_plugin.cli.benchmark import Case, Unavailable
+from nvfp4_plugin.cli.model_folder import ModelFolder, sqnr
+from nvfp4_plugin.cli.sample_model import cache_folder
+
+CPU = torch.device("cpu")
+
+
+def invoke(*arguments: object, status: int = 0):
+    """Run the command in this process; its output as one line, so that wrapping hides no words."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model in two files: two layers, a router, an expert, a norm, an embedding, a head, an odd K."""
+    torch.manual_seed(int(time.time()))
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    first = {
+        "model.embed_tokens.weight": weight(32, 64),
+        "model.layers.0.self_attn.q_proj.weight": weight(64, 64) * 4,
+        "model.layers.0.self_attn.k_proj.weight": weight(32, 64),
+        "model.layers.0.self_attn.q_proj.bias": weight(64),
+        "model.layers.0.mlp.gate.weight": weight(4, 64),
+        "model.layers.0.mlp.experts.0.down_proj.weight": weight(64, 32),
+        "model.layers.0.input_layernorm.weight": weight(64),
+    }
+    second = {
+        # Runs fused with q and k, and lies in another file.
+        "model.layers.0.self_attn.v_proj.weight": weight(32, 64) / 4,
+        "model.layers.0.mlp.odd_proj.weight": weight(64, 24),
+        "model.layers.0.conv.weight": weight(8, 8, 4),
+        "lm_head.weight": weight(32, 64),
+    }
+    for number, tensors in enumerate((first, second), 1):
+        save_file(tensors, folder / f"model-0000{number}-of-00002.safetensors")
+    weight_map = {name: f"model-0000{n}-of-00002.safetensors" for n, t in enumerate((first, second), 1) for name in t}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "hidden_size": 64}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+QUANTIZED = [
+    "model.layers.0.mlp.experts.0.down_proj",
+    "model.layers.0.self_attn.k_proj",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.v_proj",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nvfp4 quantize
+
+
+def test_quantize_writes_a_modelopt_checkpoint(model, tmp_path):
+    out = tmp_path / "out"
+    result = invoke("quantize", model, out, "--device", "cpu")
+    assert "4 layers" in result.output
+    before, after = tensors_of(model), tensors_of(out)
+    assert sorted(name.removesuffix(".weight_scale") for name in after if name.endswith("weight_scale")) == QUANTIZED
+    for module in QUANTIZED:
+        data, scales, scale = (after[f"{module}.{name}"] for name in ("weight", "weight_scale", "weight_scale_2"))
+        assert scale.shape == ()
+        expected = quantize_weight(before[f"{module}.weight"], scale_search="mse", global_scale=scale)
+        assert torch.equal(data, expected.data)
+        assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
+        assert sqnr(before[f"{module}.weight"], Nvfp4Weight(data, scales, scale)) > 20
+    untouched = [name for name in before if name.removesuffix(".weight") not in QUANTIZED]
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    assert len(after) == len(untouched) + 3 * len(QUANTIZED)
+
+
+def test_quantize_writes_config_and_index(model, tmp_path):
+    out = tmp_path / "out"
+    invoke("quantize", model, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["hidden_size"] == 64
+    parsed = CheckpointFormat.parse(config["quantization_config"])
+    assert (parsed.kind, parsed.static_activations) == ("modelopt", False)
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.odd_proj"} <= set(parsed.ignore)
+    assert not any(parsed.ignores(module) for module in QUANTIZED)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, framework="pt") as handle:
+            assert name in handle.keys()  # noqa: SIM118
+    assert set(index["weight_map"]) == set(tensors_of(out))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors_of(out).values())
+    assert (out / "tokenizer.json").read_text() == "{}"
+
+
+def test_projections_that_run_fused_share_a_global_scale(model, tmp_path):
+    invoke("quantize", model, tmp_path / "out")
+    after, before = tensors_of(tmp_path / "out"), tensors_of(model)
+    q, k, v = (after[f"model.layers.0.self_attn.{name}_proj.weight_scale_2"] for name in "qkv")
+    assert q == k == v
+    assert q == quantize_weight(before["model.layers.0.self_attn.q_proj.weight"]).global_scale
+
+
+def test_quantize_honours_options(model, tmp_path):
+    out = tmp_path / "out"
+    result = invoke("quantize", model, out, "--ignore", "*_proj", "--ignore", "no.such", "--lm-head", "--recipe", "fast_load")
+    assert "ignore: 'no.such' matches no module" in one_line(result.output)
+    after = tensors_of(out)
+    assert [name for name in after if name.endswith("weight_scale")] == ["lm_head.weight_scale"]
+    expected = quantize_weight(tensors_of(model)["lm_head.weight"], scale_search="absmax")
+    assert torch.equal(after["lm_head.weight"], expected.data)
+
+
+def test_quantize_names_a_nan_tensor_and_leaves_nothing(model, tmp_path):
+    file = model / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.v_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, file)
+    result = invoke("quantize", model, tmp_path / "out", status=1)
+    text = one_line(result.output)
+    assert "model.layers.0.self_attn.v_proj.weight" in text
+    assert str(file) in text
+    assert "NaN" in text
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def _truncate(model: Path) -> None:
+    file = model / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _config(model: Path, **changes: object) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **changes}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda model: (model / "config.json").unlink(), ["no config.json"]),
+        (lambda model: (model / "config.json").write_text("{"), ["config.json is not JSON"]),
+        (lambda model: [file.unlink() for file in model.glob("*.safetensors*")], ["no *.safetensors"]),
+        (lambda model: (model / "model-00002-of-00002.safetensors").unlink(), ["00002-of-00002", "missing"]),
+        (_truncate, ["model-00001-of-00002.safetensors is not a whole safetensors file"]),
+        (partial(_config, quantization_config={"quant_method": "fp8"}), ["quantized already (fp8)", "bf16"]),
+        (partial(_config, model_type="gpt2"), ["model_type: got 'gpt2'", "transposed"]),
+    ],
+)
+def test_quantize_says_what_is_wrong_with_a_model(model, tmp_path, spoil, words):
+    spoil(model)
+    text = one_line(invoke("quantize", model, tmp_path / "out", status=1).output)
+    for word in ["error:", *words]:
+        assert word in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "hoper_fp8"], ["unknown recipe 'hoper_fp8'", "did you mean 'hopper_fp8'"]),
+        (["--scale-search", "sse"], ["scale_search: got 'sse'", "'four_over_six'"]),
+        (["--ignore", "re:("], ["ignore: 're:(' is not a regular expression"]),
+        (["--device", "gpu"], ["got 'gpu'", "cuda:N"]),
+        (["--device", "cuda:99"], ["cuda:99", "CUDA devices"]),
+    ],
+)
+def test_bad_options_are_refused(model, tmp_path, arguments, words):
+    text = one_line(invoke("quantize", model, tmp_path / "out", *arguments, status=2).output)
+    for word in words:
+        assert word in text
+
+
+def test_quantize_does_not_overwrite(model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("")
+    assert "out exists" in one_line(invoke("quantize", model, out, status=1).output)
+    assert (out / "precious").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nvfp4 eval and doctor
+
+
+def test_eval_measures_each_layer(model):
+    report = json.loads(invoke("eval", model, "--json", "--scale-search", "absmax", "--device", "cpu").stdout)
+    layers = {layer["layer"]: layer["sqnr_db"] for layer in report["layers"]}
+    assert sorted(layers) == QUANTIZED
+    for module, measured in layers.items():
+        weight = tensors_of(model)[f"{module}.weight"]
+        error = weight.double() - quantize_weight(weight, scale_search="absmax").dequantize(torch.float64)
+        assert measured == pytest.approx(
+            10 * torch.log10(weight.double().square().sum() / error.square().sum()).item(), abs=1e-3
+        )
+    assert report["mean_sqnr_db"] == pytest.approx(sum(layers.values()) / len(layers))
+    better = json.loads(invoke("eval", model, "--json", "--scale-search", "mse").stdout)
+    assert better["mean_sqnr_db"] > report["mean_sqnr_db"] + 0.5
+
+
+def test_eval_prints_a_table(model):
+    text = one_line(invoke("eval", model).stdout)
+    assert "scale_search mse" in text
+    assert all(module in text for module in QUANTIZED)
+    assert "over 4 layers" in text
+
+
+def test_eval_of_weights_that_lose_nothing(model):
+    for file in model.glob("*.safetensors"):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+    report = json.loads(invoke("eval", model, "--json").stdout)
+    assert report["mean_sqnr_db"] is None
+    assert len(report["layers"]) == 4
+
+
+def test_doctor():
+    report = json.loads(invoke("doctor", "--json", "--device", "cpu").stdout)
+    assert report["device"]["type"] == "cpu"
+    assert report["versions"]["torch"] == torch.__version__
+    for framework in report["frameworks"]:
+        assert framework["installed"]
+        assert framework["entry_point"].startswith("nvfp4_plugin.")
+        assert framework["knows_nvfp4"] is True
+    kernels = {(choice["operation"], choice["mode"]): choice for choice in report["kernels"]}
+    for mode in ("auto", "none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor"):
+        assert kernels["linear", mode]["kernel"]
+        assert kernels["fused_moe", mode]["reason"]
+
+
+def test_doctor_reports_what_is_wrong(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.setenv("NVFP4_CONFIG", "no_such_recipe")
+    text = one_line(invoke("doctor", "--device", "cpu", status=1).output)
+    assert "VLLM_PLUGINS=other leaves the plugin out" in text
+    assert "unknown recipe 'no_such_recipe'" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nvfp4 bench
+
+
+def test_time_calls_tells_fast_from_slow():
+    fast = benchmark.time_calls([lambda: time.sleep(0.001)], CPU, repeats=5)
+    slow = benchmark.time_calls([lambda: time.sleep(0.02)] * 3, CPU, repeats=5)
+    assert fast.timer == "perf_counter"
+    assert 0.001 <= fast.seconds < slow.seconds
+    assert slow.seconds >= 0.02
+
+
+def _unavailable():
+    raise Unavailable("not installed")
+
+
+def test_run_prints_times_reasons_and_a_plot(tmp_path, capsys):
+    def cases():
+        for m in (1, 16):
+            yield Case({"layer": "qkv", "M": m}, "ours", lambda: [lambda: time.sleep(0.001)], bytes=10**6, flops=10**9)
+            yield Case({"layer": "qkv", "M": m}, "peer", _unavailable)
+
+    plot = tmp_path / "plots" / "times.png"
+    results = benchmark.run("Layers", cases(), CPU, plot=plot, repeats=3)
+    text = one_line(capsys.readouterr().out)
+    assert "Layers" in text
+    assert "peer: not installed" in text
+    assert text.count("not installed") == 1
+    assert [result.timing is None for result in results] == [False, True, False, True]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    benchmark.run("Layers", cases(), CPU, json=True, repeats=3)
+    document = json.loads(capsys.readouterr().out)
+    first, second = document["measurements"][:2]
+    assert first["M"] == 1
+    assert first["GB/s"] == pytest.approx(1e6 / (first["microseconds"] * 1e-6) / 1e9)
+    assert first["TFLOP/s"] == pytest.approx(1e9 / (first["microseconds"] * 1e-6) / 1e12)
+    assert second == {"layer": "qkv", "M": 1, "name": "peer", "unavailable": "not installed"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["quantize", "--m", "3", "--k", "64"], ["per_token", "per_tensor"]),
+        (["linear", "--layer", "48x64", "--m", "3"], ["none", "nvfp4_per_token", "bf16"]),
+    ],
+)
+def test_benchmarks_run_on_the_cpu(arguments, names):
+    output = invoke("bench", *arguments, "--device", "cpu", "--repeats", "2", "--json").stdout
+    measured = {row["name"]: row for row in json.loads(output)["measurements"]}
+    assert all(measured[name]["microseconds"] > 0 for name in names)
+
+
+def test_bench_linear_refuses_an_odd_layer():
+    text = one_line(invoke("bench", "linear", "--layer", "64x40", status=2).output)
+    assert "got '64x40'" in text
+    assert "multiple of 16" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers, and the folder of the sample model
+
+SERVER = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+def test_a_server_is_stopped_with_its_children_however_we_leave(tmp_path, error):
+    port, log = server.free_port(), tmp_path / "log"
+    launch = server.Launch([sys.executable, "-c", SERVER, str(port)], {})
+    with pytest.raises(error) if error else nullcontext(), server.running(launch, port, log, timeout=60) as url:
+        assert url == f"http://127.0.0.1:{port}"
+        child = int(log.read_text().split()[1])
+        assert not _gone(child)
+        if error:
+            raise error
+    deadline = time.monotonic() + 10
+    while not _gone(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _gone(child)
+
+
+def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path):
+    launch = server.Launch(
+        [sys.executable, "-c", "import os; print('because of ' + os.environ['WHY']); exit(3)"], {"WHY": "this"}
+    )
+    with pytest.raises(server.ServerError, match=r"(?s)status 3.*because of this"), server.running(launch, 1, tmp_path / "log"):
+        pytest.fail("it was never ready")
+
+
+def test_a_server_that_does_not_come_up_is_stopped(tmp_path):
+    seen: list[str] = []
+    launch = server.Launch([sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"], {})
+    start = time.monotonic()
+    with (
+        pytest.raises(server.ServerError, match=r"(?s)not ready in time.*loading"),
+        server.running(launch, server.free_port(), tmp_path / "log", timeout=3, waiting=seen.append),
+    ):
+        pytest.fail("it was never ready")
+    assert time.monotonic() - start < 60
+    assert seen[-1] == "loading"
+
+
+def test_launches_ask_for_nvfp4():
+    for make in server.LAUNCHES.values():
+        for on_gpu in (False, True):
+            command = make("folder", 1234, on_gpu=on_gpu, arguments=["--dtype", "float32"]).command
+            assert command[command.index("--quantization") + 1] == "nvfp4"
+            assert "127.0.0.1" in command
+            assert command[-2:] == ["--dtype", "float32"]
+
+
+def test_the_sample_model_lies_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "nvfp4-plugin"
+    for unset in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert cache_folder() == Path.home() / ".cache" / "nvfp4-plugin"
+
+
+def test_an_interrupted_demo_leaves_no_server(model, tmp_path):
+    """SIGTERM while the server starts: the demo stops it before it ends."""
+    environment = os.environ | {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "nvfp4_plugin.cli", "demo", str(model)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (children := _children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert children, output
+    assert process.returncode not in (0, None)
+    assert all(_gone(child) for child in children)
+
+
+def _children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in text.read_text().split()] if text.exists() else []
+
+
+def test_linear_layers_by_name_and_shape(model):
+    folder = ModelFolder(model)
+    assert sorted(folder.linear_layers(Nvfp4Config())) == QUANTIZED
+    reasons = folder.left_alone(Nvfp4Config(ignore=("v_proj",)))
+    assert reasons["model.layers.0.mlp.gate"] == "a router"
+    assert reasons["model.layers.0.self_attn.v_proj"] == "ignored"
+    assert reasons["model.layers.0.mlp.odd_proj"] == "K = 24 is not a multiple of 16"
+    assert "lm_head" in reasons["lm_head"]
+    assert "lm_head" not in folder.left_alone(Nvfp4Config(lm_head=True))
