@@ -19,16 +19,12 @@ def with_sglang(model: str, dtype: str, prompt: list[int]) -> list[float]:
 
     engine = Engine(**settings(Path(model), {"activation": "none"}, dtype=dtype))
     try:
-        output = engine.generate(
-            input_ids=prompt,
-            sampling_params={"max_new_tokens": 4, "temperature": 0},
-            return_logprob=True,
-            logprob_start_len=0,
-        )
+        sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+        output = engine.generate(input_ids=prompt, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
         assert len(output["output_ids"]) == 4
         done = engine.update_weights_from_disk(model)
         assert done[0], done
-        again = engine.generate(input_ids=prompt, sampling_params={"max_new_tokens": 4, "temperature": 0})
+        again = engine.generate(input_ids=prompt, sampling_params=sampling)
         assert again["output_ids"] == output["output_ids"]
         return [logprob for logprob, *_ in output["meta_info"]["input_token_logprobs"][1:]]
     finally:
