@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FORMS, PROMPT, reference_logprobs, tiny_model
+from checkpoints import FORMS, PROMPT, reference_logprobs, save_modelopt, tiny_model
+from safetensors.torch import load_file, save_file
 from vllm_engine import engine, logprobs, modules
 
 from nvfp4_kernels import quantize_weight
@@ -94,3 +95,15 @@ def test_each_logical_matrix_keeps_its_global_scale(form: str, checkpoint) -> No
     # Storing a scale's reciprocal may cost it its last bit.
     for got, expected in zip(scales, (expected_qkv, expected_w13, down), strict=True):
         torch.testing.assert_close(got, expected, rtol=2**-22, atol=0)
+
+
+def test_scales_of_a_quantized_kv_cache_are_loaded(tmp_path: Path) -> None:
+    folder = save_modelopt(tiny_model("llama"), tmp_path, kv_cache_quant_algo="FP8")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors |= {f"model.layers.{i}.self_attn.{name}_proj.{name}_scale": torch.tensor(0.05) for i in range(2) for name in "kv"}
+    save_file(tensors, file, metadata={"format": "pt"})
+    # Not every CPU can hold an FP8 cache; a plain one takes no notice of the scales, but they are known to the layers.
+    with engine(folder, {"activation": "none"}, kv_cache_dtype="bfloat16", dtype="bfloat16") as llm:
+        assert type(modules(llm)["model.layers.0.self_attn.attn"].quant_method).__name__ == "BaseKVCacheMethod"
+        assert logprobs(llm, PROMPT).isfinite().all()

@@ -1,0 +1,111 @@
+"""Which modules a plan quantizes, under a framework's own names and in front of a checkpoint's headers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from checkpoints import FORMS, MODELOPT_IGNORE, save, tiny_model
+
+from nvfp4_plugin.checkpoint import CheckpointIndex
+from nvfp4_plugin.plan import QuantizationPlan, expert_parts, is_router
+
+QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
+def plan(quantization_config: dict | None = None, **options: object) -> QuantizationPlan:
+    made = QuantizationPlan(quantization_config)
+    made.configure(options)
+    return made
+
+
+def modelopt(*ignore: str) -> dict:
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": list(ignore)}
+
+
+def test_online_leaves_head_and_routers() -> None:
+    online = plan()
+    assert online.quantizes("model.layers.0.self_attn.qkv_proj", QKV)
+    assert not online.quantizes("lm_head", lm_head=True)
+    assert not online.quantizes("model.layers.0.mlp.gate", router=True)
+    assert plan(lm_head=True).quantizes("lm_head", lm_head=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "router"), [("m.mlp.gate", True), ("m.router", True), ("m.gate_proj", False), ("gate.up", False)]
+)
+def test_routers_are_known_by_name(name: str, router: bool) -> None:
+    assert is_router(name) is router
+
+
+def test_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
+    made = plan(modelopt(*MODELOPT_IGNORE))
+    assert not made.online
+    assert not made.quantizes("lm_head", lm_head=True)
+    assert not made.quantizes("model.layers.0.mlp.gate", router=True)
+    assert made.quantizes("model.layers.0.mlp.experts", {"experts": expert_parts(8, ["gate_proj", "up_proj", "down_proj"])})
+    # A config that forgets to list them does not make the router and the head quantized: the headers tell.
+    careless = plan(modelopt())
+    careless.inspect(str(save(tiny_model("qwen3_moe"), "modelopt", tmp_path)))
+    assert not careless.quantizes("lm_head", lm_head=True)
+    assert not careless.quantizes("model.layers.0.mlp.gate", router=True)
+    assert careless.quantizes("model.layers.0.self_attn.qkv_proj", QKV)
+
+
+def test_names_follow_the_framework(caplog: pytest.LogCaptureFixture) -> None:
+    # Hugging Face's "model.visual" is vLLM's "visual", its "model.language_model" vLLM's "language_model.model".
+    moves = {"model.visual.": "visual.", "model.language_model.": "language_model.model."}
+
+    def mapper(names: list[str]) -> list[str]:
+        out = []
+        for name in names:
+            for old, new in moves.items():
+                if name.startswith(old):
+                    name = new + name.removeprefix(old)
+            out.append(name)
+        return out
+
+    made = QuantizationPlan(modelopt("model.visual*", "model.language_model.layers.0.self_attn*"))
+    made.rename(mapper)
+    made.configure({"ignore": ["model.language_model.layers.3", "model.language_model.layers.9"]})
+    assert not made.quantizes("visual.blocks.0.mlp.fc1")
+    assert not made.quantizes("language_model.model.layers.0.self_attn.qkv_proj", QKV)
+    assert made.quantizes("language_model.model.layers.10.self_attn.qkv_proj", QKV)
+    assert not made.quantizes("language_model.model.layers.3.mlp.down_proj")
+    with caplog.at_level(logging.WARNING, "nvfp4_plugin"):
+        made.warn_unmatched()
+        made.warn_unmatched()
+    assert [record.args[0] for record in caplog.records] == ["model.language_model.layers.9"]
+
+
+def test_half_of_a_fused_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"q_proj but not .*k_proj"):
+        plan(ignore=["*.q_proj"]).quantizes("model.layers.0.self_attn.qkv_proj", QKV)
+
+
+def test_static_scales_are_asked_of_those_who_have_them() -> None:
+    assert plan(modelopt(), activation="nvfp4_per_tensor").uses_input_scales
+    weight_only = {**modelopt(), "quant_algo": "W4A16_NVFP4"}
+    for config in (None, weight_only):
+        with pytest.raises(ValueError, match="needs static input scales"):
+            plan(config, activation="nvfp4_per_tensor")
+
+
+def test_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
+    folder = save(tiny_model("llama"), "modelopt", tmp_path)
+    with pytest.raises(ValueError, match=r"are in NVFP4: leave the checkpoint's own quantization_config in place"):
+        plan({"quant_method": "nvfp4"}).inspect(str(folder))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_index_knows_tensors_and_files(form: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    folder = save(model, form, tmp_path)
+    index = CheckpointIndex.find(str(folder))
+    assert index is not None
+    assert sorted(index.quantized_modules()) == sorted(model.linears)
+    assert index.file_of("lm_head.weight") == str(folder / "model.safetensors")
+    assert index.holds("lm_head")
+    assert not index.is_quantized("lm_head")
+    assert CheckpointIndex.find("no-such-organisation/no-such-model") is None
