@@ -108,8 +108,10 @@ def test_products_err_by_the_output_rounding_alone(mode, sizes, m):
         got = moe_gemm_hopper.grouped_gemm(a, scale, weights, routing, dtype=x.dtype, block_m=block_m)
     else:
         got = moe_gemm.grouped_gemm(a, scale, weights, routing, dtype=x.dtype, block_m=block_m, gather=False)
-    values, token_scale = activation_operand(x, mode, weights.input_scale)
-    values = values.double() * (1.0 if token_scale is None else token_scale.double().reshape(-1, 1))
+    # On the CPU: torch's CUDA division by a number multiplies by its reciprocal.
+    input_scale = None if weights.input_scale is None else weights.input_scale.cpu()
+    values, token_scale = activation_operand(x.cpu(), mode, input_scale)
+    values = values.cuda().double() * (1.0 if token_scale is None else token_scale.cuda().double().reshape(-1, 1))
     for expert in range(experts):
         fold = None if weights.fp8_fold is None else weights.fp8_fold[expert]
         matrix = weight_operand(weights.data[expert], weights.scales[expert], fold).double()
@@ -120,7 +122,7 @@ def test_products_err_by_the_output_rounding_alone(mode, sizes, m):
         # Half a unit of bf16, and of the largest partial sums what the accumulators lose: 14 bits under FP8.
         size = values[token].abs() @ matrix.abs().t() * weights.row_scale[expert].double()
         slack = 2**-13 if mode == "fp8_per_token" else 2**-20
-        assert (error <= want.abs() * 2**-8.99 + size * slack).all(), (error / size).max().item()
+        assert (error <= want.abs() * 2**-8 * 1.01 + size * slack).all(), (error / size).max().item()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -88,7 +88,7 @@ def test_kernels_equal_the_twin(case):
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(600, 2, 8), (150, 9, 128), (2100, 1, 3)])
 def test_two_launches_equal_the_twin(tokens, top_k, experts):
-    assert tokens * top_k > kernels._ONE_PROGRAM
+    assert tokens * top_k > kernels._ONE_LAUNCH
     ids = torch.randint(-1, experts, (tokens, top_k), dtype=torch.int32)
     for got, want in zip(kernels.route(ids, experts, 16), reference.route(ids, experts, 16), strict=True):
         assert torch.equal(got, want)

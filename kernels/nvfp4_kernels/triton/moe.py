@@ -18,9 +18,9 @@ _CHUNK_SLOTS = 1 << 17  # (token, slot) pairs served at once: bounds the permute
 
 
 def _block_m(slots: int, experts: int) -> int:
-    """Rows of a tile: about the slots of an expert."""
+    """Rows of a tile: for twice the mean slots of an expert, as far as timings on an H100 bear it out."""
     mean = slots / experts
-    return 16 if mean <= 16 else 32 if mean <= 48 else 64 if mean <= 96 else 128
+    return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 48 else 128
 
 
 def describe(activation: str, device: torch.device) -> tuple[str, str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from ..reference.moe import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from ..reference.moe_routing import Routing
+from .numerics import arch_of
 
 _ALPHA = tl.constexpr(SWIGLU_OAI_ALPHA)
 _LIMIT = tl.constexpr(SWIGLU_OAI_LIMIT)
@@ -69,8 +71,11 @@ def ungated(x, ACT_FN: tl.constexpr):
 
 @triton.jit
 def combine_kernel(
-    y, index, topk_weights, out, hidden, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    y, index, topk_weights, out, hidden,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -89,6 +94,7 @@ def combine(y: torch.Tensor, routing: Routing, topk_weights: torch.Tensor | None
     tokens, top_k = routing.expanded_idx_to_permuted_idx.shape
     hidden = y.shape[1]
     block = min(triton.next_power_of_2(hidden), 1024)
+    pdl = arch_of(y.device) >= 90  # the launch overlaps the end of the one before
     combine_kernel[(tokens, triton.cdiv(hidden, block))](
         y,
         routing.expanded_idx_to_permuted_idx,
@@ -98,7 +104,9 @@ def combine(y: torch.Tensor, routing: Routing, topk_weights: torch.Tensor | None
         TOP_K=top_k,
         WEIGHTED=topk_weights is not None,
         BLOCK=block,
+        PDL=pdl,
         num_warps=4,
         enable_fp_fusion=False,  # the twin rounds the product and the sum
+        **({"launch_pdl": True} if pdl else {}),
     )
     return out

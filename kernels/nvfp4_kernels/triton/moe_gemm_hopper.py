@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
@@ -29,12 +30,43 @@ from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
 
 
+@gluon.constexpr_function
+def _warp_rows(rows, warps):
+    """Where warps lie along the rows: `rows` apart."""
+    return [[rows * 2**i, 0] for i in range(warps.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _words_layout(warps):
+    """Packed weights [16 * warps, 16 words] as the operand's threads hold them."""
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], lanes, _warp_rows(16, warps), [], [16 * warps, 16])
+
+
+@gluon.constexpr_function
+def _half_words_layout(warps):
+    """One of the two 8-row halves of every fragment: [8 * warps, 16 words]."""
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2]], lanes, _warp_rows(8, warps), [], [8 * warps, 16])
+
+
+@gluon.constexpr_function
+def _pairs_layout(warps):
+    """Scale pairs [16 * warps, 4]."""
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[8, 0]], lanes, _warp_rows(16, warps), [], [16 * warps, 4])
+
+
+@gluon.constexpr_function
+def _half_pairs_layout(warps):
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([], lanes, _warp_rows(8, warps), [], [8 * warps, 4])
+
+
 @gluon.jit
-def _load_weights(
-    w_desc, s_desc, words, scales, bar, row, second, k, stage, pred
-):  # fmt: skip
-    """Weight stage k (256 values of K) of rows row.. and row + second.. into slot `stage`."""
-    mbarrier.expect(bar, 4 * w_desc.block_type.nbytes + 2 * s_desc.block_type.nbytes, pred=pred)
+def _load_weights(w_desc, s_desc, words, scales, bar, row, second, k, stage, more_bytes: gl.constexpr, pred):
+    """Weight stage k (256 values of K) of rows row.. and row + second.. into slot `stage`; `more_bytes` come on `bar`, too."""
+    mbarrier.expect(bar, 4 * w_desc.block_type.nbytes + 2 * s_desc.block_type.nbytes + more_bytes, pred=pred)
     for part in gl.static_range(2):
         for chunk in gl.static_range(2):
             slot = words.index(stage * 4 + chunk * 2 + part)
@@ -57,137 +89,78 @@ def _interleave(first, second, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.convert_layout(both, LAYOUT, assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=["n_tiles"])
-def grouped_gemm_kernel(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, tile_to_expert, offsets,
-    N, k_stages, n_tiles, row_expert, row_stride, input_scale_expert,
-    BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+@gluon.jit
+def _read_weights(words, scales, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
+    """Words [16 * WARPS, 16] and scale pairs [16 * WARPS, 4] of 128 values of K, from shared memory."""
+    HALF_WORDS: gl.constexpr = _half_words_layout(WARPS)
+    HALF_PAIRS: gl.constexpr = _half_pairs_layout(WARPS)
+    w = _interleave(
+        words.index(slot * 4 + chunk * 2).load(HALF_WORDS),
+        words.index(slot * 4 + chunk * 2 + 1).load(HALF_WORDS),
+        WARPS,
+        _words_layout(WARPS),
+    )
+    s = _interleave(
+        scales.index(slot * 2).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
+        scales.index(slot * 2 + 1).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
+        WARPS,
+        _pairs_layout(WARPS),
+    )
+    return w, s
+
+
+@gluon.jit
+def _weight_rows(column0, second, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The expert's weight row behind each fragment row: 0..7 of a fragment lie from column0 on, 8..15 `second` further."""
+    fragment = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, LAYOUT))
+    return column0 + fragment // 16 * 8 + fragment % 8 + (fragment // 8) % 2 * second
+
+
+@gluon.jit
+def _fold_pairs(fold_ptr, expert, column0, second, N, WARPS: gl.constexpr):
+    """2^-fold of the tile's rows as pairs of f16, int32 [16 * WARPS, 4]. A fold is a power of two from 2^-15 to 2^3: exact."""
+    LAYOUT: gl.constexpr = _pairs_layout(WARPS)
+    row = _weight_rows(column0, second, WARPS, LAYOUT)
+    inverse = 1.0 / gl.load(fold_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=1.0)
+    bits = inverse.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    pairs, _ = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), gl.zeros([16 * WARPS, 4], gl.int32, LAYOUT))
+    return pairs
+
+
+@gluon.jit
+def _row_factor(
+    row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert,
+    FP8: gl.constexpr, FP16: gl.constexpr,
 ):  # fmt: skip
-    """out[rows of a tile] = epilogue(x @ weight[expert of the tile]^T), rows in permuted order.
-
-    w_desc int32 [E * N, K/8] in boxes [8 * WARPS, 16], s_desc int16 [E * N, K/32] in boxes [8 * WARPS, 8], x_desc [rows, K] in
-    the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0: none. OPERAND_ORDER:
-    out's columns come in the order that the next GEMM reads 16-bit operands in.
-    """
-    BN: gl.constexpr = 16 * WARPS
-    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
-    FP16: gl.constexpr = x_desc.dtype == gl.float16
-    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
-    XK: gl.constexpr = 128 if FP8 else 64  # values of K in an x stage: rows of 128 bytes
-    PER_STAGE: gl.constexpr = 256 // XK
-    WARP_ROWS: gl.constexpr = [[16, 0], [32, 0]] if WARPS == 4 else [[16, 0], [32, 0], [64, 0]]
-    WORDS: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], WARP_ROWS, [], [BN, 16]
-    )
-    PAIRS: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], WARP_ROWS, [], [BN, 4])
-    HALF_WARP_ROWS: gl.constexpr = [[8, 0], [16, 0]] if WARPS == 4 else [[8, 0], [16, 0], [32, 0]]
-    HALF_WORDS: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], HALF_WARP_ROWS, [], [BN // 2, 16]
-    )
-    HALF_PAIRS: gl.constexpr = gl.DistributedLinearLayout(
-        [], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], HALF_WARP_ROWS, [], [BN // 2, 4]
-    )
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
-    COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN  # of out
-
-    unit = gl.program_id(0)
-    expert = gl.load(tile_to_expert + unit // n_tiles)
-    if expert < 0:
-        return
-    first_tile = gl.load(offsets + expert) // BM
-    m_tiles = gl.load(offsets + expert + 1) // BM - first_tile
-    n_tile, m_tile = tile_of(unit - first_tile * n_tiles, n_tiles, m_tiles, GROUP)
-    m0 = (first_tile + m_tile) * BM
-    column0 = n_tile * COLUMNS
-    second = N // 2 if ACT == 2 else BN // 2
-    row0 = expert * N + column0
-
-    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 4, BN // 2, 16], w_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES * 2, BN // 2, 8], s_desc.layout)
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
-    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
-    x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(WEIGHT_STAGES):
-        mbarrier.init(w_bars.index(i), count=1)
-    for i in gl.static_range(X_STAGES):
-        mbarrier.init(x_bars.index(i), count=1)
-    fence_async_shared()
-    x_stages = k_stages * PER_STAGE
-    for i in gl.static_range(WEIGHT_STAGES - 1):
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), row0, second, i, i, i < k_stages)
-    for i in gl.static_range(X_STAGES - 1):
-        _load_x(x_desc, x_ring, x_bars, m0, i, i, XK, i < x_stages)
-
-    # A fragment's rows 0..7 are weight rows from row0 on, its rows 8..15 those from row0 + second on.
-    fragment = gl.arange(0, BN, gl.SliceLayout(1, ACC))
-    weight_row = column0 + fragment // 16 * 8 + fragment % 8 + (fragment // 8) % 2 * second
-    in_n = weight_row < N
-    row_at = (expert * N + weight_row).to(gl.int64)
+    """What the products of weight rows `row` are multiplied by, for all tokens alike."""
+    factor = gl.load(row_ptr + expert.to(gl.int64) * row_expert + row * row_stride, mask=row < N, other=0.0)
     if FP8:
-        pair_row = gl.arange(0, BN, gl.SliceLayout(1, PAIRS))
-        pair_row = column0 + pair_row // 16 * 8 + pair_row % 8 + (pair_row // 8) % 2 * second
-        inverse = 1.0 / gl.load(fold_ptr + (expert * N + pair_row).to(gl.int64), mask=pair_row < N, other=1.0)
-        bits = inverse.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-        fold, _ = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), gl.zeros([BN, 4], gl.int32, PAIRS))
-
-    token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-    x_step = 0
-    for stage in range(k_stages):
-        # Every warp is past the last barrier, so past its reads of the stage before: that slot is free.
-        ahead_w = stage + WEIGHT_STAGES - 1
-        free = ahead_w % WEIGHT_STAGES
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(free), row0, second, ahead_w, free, ahead_w < k_stages)
-        slot = stage % WEIGHT_STAGES
-        mbarrier.wait(w_bars.index(slot), (stage // WEIGHT_STAGES) & 1)
-        for chunk in gl.static_range(2):
-            w = _interleave(
-                words.index(slot * 4 + chunk * 2).load(HALF_WORDS),
-                words.index(slot * 4 + chunk * 2 + 1).load(HALF_WORDS),
-                WARPS,
-                WORDS,
-            )
-            s = _interleave(
-                scales.index(slot * 2).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
-                scales.index(slot * 2 + 1).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
-                WARPS,
-                PAIRS,
-            )
-            if not FP8:
-                s_first, s_second = scale_pairs(s, FP16)
-                w_first, w_second = halves(w, BN)
-            for half in gl.static_range(PER_STAGE // 2):
-                if FP8:
-                    a = decode_fp8(w, s, fold, BN, OPERAND)
-                else:
-                    a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
-                x_slot = x_step % X_STAGES
-                mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
-                token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
-                token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-                # The products before these are done, in every warp once past the barrier: their x stage is free.
-                thread_barrier()
-                ahead = x_step + X_STAGES - 1
-                _load_x(x_desc, x_ring, x_bars, m0, ahead, ahead % X_STAGES, XK, ahead < x_stages)
-                x_step += 1
-    acc = warpgroup_mma_wait(0, deps=[token])
-
-    factor = gl.load(row_ptr + expert.to(gl.int64) * row_expert + weight_row * row_stride, mask=in_n, other=0.0)
-    if FP8:
-        factor *= gl.load(fold_ptr + row_at, mask=in_n, other=0.0)
+        factor *= gl.load(fold_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=0.0)
     elif FP16:
         factor *= 128.0
     else:
         factor *= 256.0
     if input_scale_ptr is not None:
         factor *= gl.load(input_scale_ptr + expert * input_scale_expert)
+    return factor
+
+
+@gluon.jit
+def _finish(
+    acc, factor, out_ptr, token_ptr, bias_ptr, expert, row, n_tile, m0, N,
+    BM: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+):  # fmt: skip
+    """Scale, bias, rounding and activation function of products [16 * WARPS, BM], and their way to `out`."""
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    COLUMNS: gl.constexpr = 8 * WARPS if ACT == 2 else 16 * WARPS
+    ACC: gl.constexpr = acc.type.layout
     result = acc * factor[:, None]
     if token_ptr is not None:
         m = m0 + gl.arange(0, BM, gl.SliceLayout(0, ACC))
         result *= gl.load(token_ptr + m)[None, :]
     if bias_ptr is not None:
-        result += gl.load(bias_ptr + row_at, mask=in_n, other=0.0).to(gl.float32)[:, None]
+        bias = gl.load(bias_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=0.0)
+        result += bias.to(gl.float32)[:, None]
     result = gl.reshape(result.to(DTYPE), [WARPS, 2, 8, BM])
     if ACT == 2:
         gate, up = gl.split(gl.permute(result.to(gl.float32), [0, 2, 3, 1]))
@@ -213,8 +186,222 @@ def grouped_gemm_kernel(
         column = n_tile // PARTS * 128 + n_tile % PARTS * VECTOR + column // VECTOR * 8 + column % VECTOR
         gl.store(out_ptr + out_row[:, None] * width + column[None, :], values)
     else:
-        column = column0 + column
+        column = n_tile * COLUMNS + column
         gl.store(out_ptr + out_row[:, None] * width + column[None, :], values, mask=(column < width)[None, :])
+
+
+@gluon.jit(do_not_specialize=["n_tiles"])
+def grouped_gemm_kernel(
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, tile_to_expert, offsets,
+    N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
+    ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+):  # fmt: skip
+    """out[rows of a tile] = epilogue(x @ weight[expert of the tile]^T), rows in permuted order; a tile a thread block.
+
+    w_desc int32 [E * N, K/8] in boxes [8 * WARPS, 16], s_desc int16 [E * N, K/32] in boxes [8 * WARPS, 8], x_desc [rows, K] in
+    the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0: none. OPERAND_ORDER:
+    out's columns come in the order that the next GEMM reads 16-bit operands in.
+
+    The launch may overlap the one before it, which has written x and no more: routing and weights are older.
+    """
+    BN: gl.constexpr = 16 * WARPS
+    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
+    FP16: gl.constexpr = x_desc.dtype == gl.float16
+    XK: gl.constexpr = 128 if FP8 else 64  # values of K in an x stage: rows of 128 bytes
+    PER_STAGE: gl.constexpr = 256 // XK
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
+    COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN  # of out
+
+    unit = gl.program_id(0)
+    expert = gl.load(tile_to_expert + unit // n_tiles)
+    if expert < 0:
+        gdc_wait()
+        return
+    first_tile = gl.load(offsets + expert) // BM
+    m_tiles = gl.load(offsets + expert + 1) // BM - first_tile
+    n_tile, m_tile = tile_of(unit - first_tile * n_tiles, n_tiles, m_tiles, GROUP)
+    m0 = (first_tile + m_tile) * BM
+    second = N // 2 if ACT == 2 else BN // 2
+    row0 = expert * N + n_tile * COLUMNS
+
+    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 4, BN // 2, 16], w_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES * 2, BN // 2, 8], s_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
+    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WEIGHT_STAGES):
+        mbarrier.init(w_bars.index(i), count=1)
+    for i in gl.static_range(X_STAGES):
+        mbarrier.init(x_bars.index(i), count=1)
+    fence_async_shared()
+    x_stages = k_stages * PER_STAGE
+    for i in gl.static_range(WEIGHT_STAGES - 1):
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), row0, second, i, i, 0, i < k_stages)
+    gdc_wait()
+    gdc_launch_dependents()
+    for i in gl.static_range(X_STAGES - 1):
+        _load_x(x_desc, x_ring, x_bars, m0, i, i, XK, i < x_stages)
+    if FP8:
+        fold = _fold_pairs(fold_ptr, expert, n_tile * COLUMNS, second, N, WARPS)
+
+    token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
+    x_step = 0
+    for stage in range(k_stages):
+        # Every warp is past the last barrier, so past its reads of the stage before: that slot is free.
+        ahead_w = stage + WEIGHT_STAGES - 1
+        free = ahead_w % WEIGHT_STAGES
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(free), row0, second, ahead_w, free, 0, ahead_w < k_stages)
+        slot = stage % WEIGHT_STAGES
+        mbarrier.wait(w_bars.index(slot), (stage // WEIGHT_STAGES) & 1)
+        for chunk in gl.static_range(2):
+            w, s = _read_weights(words, scales, slot, chunk, WARPS)
+            if not FP8:
+                s_first, s_second = scale_pairs(s, FP16)
+                w_first, w_second = halves(w, BN)
+            for half in gl.static_range(PER_STAGE // 2):
+                if FP8:
+                    a = decode_fp8(w, s, fold, BN, OPERAND)
+                else:
+                    a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                x_slot = x_step % X_STAGES
+                mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
+                token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
+                token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+                # The products before these are done, in every warp once past the barrier: their x stage is free.
+                thread_barrier()
+                ahead = x_step + X_STAGES - 1
+                _load_x(x_desc, x_ring, x_bars, m0, ahead, ahead % X_STAGES, XK, ahead < x_stages)
+                x_step += 1
+    acc = warpgroup_mma_wait(0, deps=[token])
+
+    row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
+    factor = _row_factor(
+        row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
+    )
+    _finish(acc, factor, out_ptr, token_ptr, bias_ptr, expert, row, n_tile, m0, N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER)
+
+
+@gluon.jit
+def _load_stage_x(x_desc, x_ring, bar, m0, k, stage, pred):
+    """x of stage k, 256 values of K, on the barrier of the stage's weights, which expects its bytes."""
+    XK: gl.constexpr = x_desc.block_type.shape[1]
+    for part in gl.static_range(256 // XK):
+        slot = x_ring.index(stage * (256 // XK) + part)
+        tma_load(x_desc, [m0, k * 256 + part * XK], bar, slot, pred=pred)
+
+
+@gluon.jit(do_not_specialize=["n_tiles"])
+def grouped_gemm_decode_kernel(
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, tile_to_expert, offsets,
+    N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr,
+    OPERAND_ORDER: gl.constexpr,
+):  # fmt: skip
+    """`grouped_gemm_kernel` for small tiles: bound by the bytes of the weights, so that their stream must not stop.
+
+    Persistent: the loads run ahead across tiles. What a tile needs beside them is read a tile ahead: its expert two.
+    """
+    BN: gl.constexpr = 16 * WARPS
+    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
+    FP16: gl.constexpr = x_desc.dtype == gl.float16
+    XK: gl.constexpr = 128 if FP8 else 64
+    PER_STAGE: gl.constexpr = 256 // XK
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
+    COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN
+    X_BYTES: gl.constexpr = PER_STAGE * x_desc.block_type.nbytes
+    second = N // 2 if ACT == 2 else BN // 2
+
+    words = gl.allocate_shared_memory(gl.int32, [STAGES * 4, BN // 2, 16], w_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int16, [STAGES * 2, BN // 2, 8], s_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * PER_STAGE, BM, XK], x_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+
+    tiles = gl.load(offsets + experts) // BM
+    units = tiles * n_tiles
+    stride = gl.num_programs(0)
+    start = gl.program_id(0)
+    # Experts of units past the end: the map has an entry for any unit that is clamped to the last one.
+    last = gl.maximum(tiles - 1, 0)
+    expert = gl.load(tile_to_expert + gl.minimum(start // n_tiles, last))
+    expert_next = gl.load(tile_to_expert + gl.minimum((start + stride) // n_tiles, last))
+    load_unit = start
+    load_k = 0
+    load_expert = expert
+    load_expert_next = expert_next
+    for i in gl.static_range(STAGES - 1):
+        row0 = load_expert * N + load_unit % n_tiles * COLUMNS
+        _load_weights(w_desc, s_desc, words, scales, bars.index(i), row0, second, load_k, i, X_BYTES, load_unit < units)
+        load_k += 1
+        if load_k == k_stages:
+            load_k = 0
+            load_unit += stride
+            load_expert = load_expert_next
+            load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // n_tiles, last))
+    gdc_wait()
+    gdc_launch_dependents()
+    x_unit = start
+    x_k = 0
+    for i in gl.static_range(STAGES - 1):
+        _load_stage_x(x_desc, x_ring, bars.index(i), x_unit // n_tiles * BM, x_k, i, x_unit < units)
+        x_k += 1
+        if x_k == k_stages:
+            x_k = 0
+            x_unit += stride
+    if FP8:
+        fold_next = _fold_pairs(fold_ptr, gl.maximum(expert, 0), start % n_tiles * COLUMNS, second, N, WARPS)
+
+    step = 0
+    for unit in range(start, units, stride):
+        n_tile = unit % n_tiles
+        m0 = unit // n_tiles * BM
+        row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
+        factor = _row_factor(
+            row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
+        )
+        if FP8:
+            fold = fold_next
+            fold_next = _fold_pairs(fold_ptr, expert_next, (unit + stride) % n_tiles * COLUMNS, second, N, WARPS)
+        token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
+        for _stage in range(k_stages):
+            slot = step % STAGES
+            mbarrier.wait(bars.index(slot), (step // STAGES) & 1)
+            for chunk in gl.static_range(2):
+                w, s = _read_weights(words, scales, slot, chunk, WARPS)
+                if not FP8:
+                    s_first, s_second = scale_pairs(s, FP16)
+                    w_first, w_second = halves(w, BN)
+                for half in gl.static_range(PER_STAGE // 2):
+                    if FP8:
+                        a = decode_fp8(w, s, fold, BN, OPERAND)
+                    else:
+                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    x = x_ring.index(slot * PER_STAGE + chunk * (PER_STAGE // 2) + half)
+                    token = warpgroup_mma(a, x.permute((1, 0)), token, is_async=True)
+                    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+            thread_barrier()
+            # The stage before this one is free: its products are done, in every warp past the barrier.
+            free = (step + STAGES - 1) % STAGES
+            more = load_unit < units
+            row0 = load_expert * N + load_unit % n_tiles * COLUMNS
+            _load_weights(w_desc, s_desc, words, scales, bars.index(free), row0, second, load_k, free, X_BYTES, more)
+            _load_stage_x(x_desc, x_ring, bars.index(free), load_unit // n_tiles * BM, load_k, free, more)
+            step += 1
+            load_k += 1
+            if load_k == k_stages:
+                load_k = 0
+                load_unit += stride
+                load_expert = load_expert_next
+                load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // n_tiles, last))
+        acc = warpgroup_mma_wait(0, deps=[token])
+        _finish(acc, factor, out_ptr, token_ptr, bias_ptr, expert, row, n_tile, m0, N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER)
+        expert = expert_next
+        expert_next = gl.load(tile_to_expert + gl.minimum((unit + 2 * stride) // n_tiles, last))
 
 
 def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str) -> bool:
@@ -228,11 +415,15 @@ def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str
     )
 
 
+_DECODE_ROWS = 32  # tiles up to which the persistent kernel serves
+_SHARED_BYTES = 227 << 10  # of a multiprocessor
+
+
 def tiling(block_m: int, fp8: bool) -> tuple[int, int, int]:
-    """(warps, weight stages, x stages) of a tile of `block_m` rows."""
-    if block_m <= 32:
-        return 4, 4, 6
-    return 8, 2 if block_m == 128 else 3, 3 if block_m == 128 else 4
+    """(warps, weight stages, x stages) of a tile of `block_m` rows; the small ones have stages of both together."""
+    if block_m <= _DECODE_ROWS:
+        return 4, 3 if block_m == 32 and not fp8 else 4, 0
+    return 8, 2, 3 if block_m == 128 else 4
 
 
 def _descriptor(t: torch.Tensor, box: list[int], dtype: gl.dtype) -> TensorDescriptor:
@@ -260,7 +451,8 @@ def grouped_gemm(
     n_tiles = triton.cdiv(width, columns)
     out = x.new_empty((x.shape[0], width), dtype=dtype)
     element = gl.float8e4nv if fp8 else gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    grouped_gemm_kernel[(len(routing.tile_to_expert) * n_tiles,)](
+    units = len(routing.tile_to_expert) * n_tiles
+    arguments = (
         _descriptor(weights.data.view(torch.int32).view(experts * n, -1), [8 * warps, 16], gl.int32),
         _descriptor(weights.scales.view(torch.int16).view(experts * n, -1), [8 * warps, 8], gl.int16),
         _descriptor(x, [block_m, 128 if fp8 else 64], element),
@@ -275,17 +467,25 @@ def grouped_gemm(
         n,
         half_k // 128,
         n_tiles,
+        experts,
         weights.row_scale.shape[1],
         int(weights.row_scale.shape[1] > 1),
         int(weights.input_scale is not None and weights.input_scale.numel() > 1),
-        BM=block_m,
-        WARPS=warps,
-        WEIGHT_STAGES=weight_stages,
-        X_STAGES=x_stages,
-        GROUP=8,
-        ACT=2 if gated_act else 0 if act_fn is None else 1,
-        ACT_FN=act_fn or "",
-        OPERAND_ORDER=operand_order,
-        num_warps=warps,
     )
+    options = {
+        "BM": block_m,
+        "WARPS": warps,
+        "ACT": 2 if gated_act else 0 if act_fn is None else 1,
+        "ACT_FN": act_fn or "",
+        "OPERAND_ORDER": operand_order,
+        "num_warps": warps,
+        "launch_pdl": True,
+    }
+    if block_m <= _DECODE_ROWS:
+        stage_bytes = 16 * warps * (128 + 16) + 256 * block_m * x.element_size()
+        resident = min(4, _SHARED_BYTES // (weight_stages * stage_bytes + 2048))
+        grid = min(units, resident * torch.cuda.get_device_properties(x.device).multi_processor_count)
+        grouped_gemm_decode_kernel[(grid,)](*arguments, STAGES=weight_stages, **options)
+    else:
+        grouped_gemm_kernel[(units,)](*arguments, WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **options)
     return out

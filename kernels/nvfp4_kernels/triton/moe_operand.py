@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..reference.linear import INVERSE_BASE
 from ..reference.moe_routing import Routing
@@ -66,6 +67,9 @@ def operand_kernel(
     stays in its row, and is left out if index[row] is negative; without index every row is taken. REORDER: K in the order
     that the Hopper GEMM reads.
     """
+    if ARCH >= 90:
+        gdc_wait()
+        gdc_launch_dependents()
     source = tl.program_id(0).to(tl.int64)
     slot = source * TOP_K + tl.program_id(1)
     row = source
@@ -195,5 +199,6 @@ def operand(
         ARCH=arch,
         num_warps=4 if block <= 2048 else 8,
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if arch >= 90 else {}),
     )
     return out.view(torch.float8_e4m3fn) if fp8 else out, scale

@@ -1,8 +1,8 @@
 """Routing metadata on the GPU: a stable counting sort of the slots by expert, in one launch or two.
 
-Few slots: one program does it all. Many: a first launch counts the experts of each chunk of slots, a second one adds up the
-counts of the chunks before its own (nothing is accumulated in an order that could change) and places its slots. The
-programs of the last launch share the writing of the tile map and of the padding rows.
+Few slots: every program counts them all, which costs less than another launch. Many: a first launch counts the experts of
+each chunk of slots. Either way a program then adds up what comes before its own chunk (nothing is accumulated in an order that
+could change) and places its slots; all share the writing of the tile map and of the padding rows.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..reference.moe_routing import Routing, max_tiles
+from .numerics import arch_of
 
-_STEP = 128  # slots ranked at once, by comparing each with each
-_ONE_PROGRAM = 1024  # slots up to which a second launch costs more than it saves
-_MAX_CHUNKS = 256
+_ONE_LAUNCH = 1024  # slots up to which every program counts them all
+_MAX_CHUNKS = 128
+_TILES = 16  # of the tile map, a program and round
 
 
 @triton.jit
@@ -42,26 +44,32 @@ def count_kernel(
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
 
 
-@triton.jit(do_not_specialize=["slots", "chunk", "tiles"])
+@triton.jit(do_not_specialize=["slots", "chunk", "chunks", "tiles"])
 def place_kernel(
     ids, expert_map, counts, expanded_to_permuted, permuted_to_token, expert_offsets, tile_to_expert,
-    slots, chunk, experts, global_experts, tiles,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, HAS_MAP: tl.constexpr, BINS: tl.constexpr,
-    STEP: tl.constexpr,
+    slots, chunk, chunks, experts, global_experts, tiles,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, ALL_SLOTS: tl.constexpr, HAS_MAP: tl.constexpr, BINS: tl.constexpr,
+    STEP: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write all four tensors of `Routing`. CHUNKS: the launch's programs, up to a multiple of 8; 0: one, without counts."""
+    """Write all four tensors of `Routing`. counts: int32 [chunks, BINS] of `count_kernel`, unused if ALL_SLOTS > 0.
+
+    Programs from `chunks` on have no slots of their own and only write parts of the tile map.
+    """
+    if PDL:
+        gdc_launch_dependents()  # the next kernel waits for this one's results, and only its launch overlaps
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    total = tl.zeros([BINS], tl.int32)
-    before = tl.zeros([BINS], tl.int32)
-    if CHUNKS == 0:
-        for start in range(0, chunk, STEP):
-            slot = start + tl.arange(0, STEP)
-            total += tl.histogram(_load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP, BINS), BINS)
+    if ALL_SLOTS > 0:
+        any_slot = tl.arange(0, ALL_SLOTS)
+        chosen = _load_experts(ids, expert_map, any_slot, slots, experts, global_experts, HAS_MAP, BINS)
+        total = tl.histogram(chosen, BINS)
+        before = tl.histogram(tl.where(any_slot < program * chunk, chosen, BINS - 1), BINS)
     else:
-        for start in range(0, CHUNKS, 8):
-            other = start + tl.arange(0, 8)[:, None]
-            part = tl.load(counts + other * BINS + bins[None, :], mask=other < tl.num_programs(0), other=0)
+        total = tl.zeros([BINS], tl.int32)
+        before = tl.zeros([BINS], tl.int32)
+        for start in range(0, chunks, 32):
+            other = start + tl.arange(0, 32)[:, None]
+            part = tl.load(counts + other * BINS + bins[None, :], mask=other < chunks, other=0)
             total += tl.sum(part, axis=0)
             before += tl.sum(tl.where(other < program, part, 0), axis=0)
     total = tl.where(bins < experts, total, 0)
@@ -72,30 +80,30 @@ def place_kernel(
         # The bins past the last expert are empty: they hold the end.
         tl.store(expert_offsets + bins, first_tile * BLOCK_M, mask=bins <= experts)
 
-    next_row = first_tile * BLOCK_M + before
-    lane = tl.arange(0, STEP)
-    for start in range(0, chunk, STEP):
-        slot = program * chunk + start + tl.arange(0, STEP)
-        expert = _load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP, BINS)
-        earlier = (expert[:, None] == expert[None, :]) & (lane[:, None] > lane[None, :])
-        rank = tl.sum(earlier.to(tl.int32), axis=1)
-        row = tl.gather(next_row, expert, 0) + rank
-        live = (expert < experts) & (slot < slots)
-        tl.store(expanded_to_permuted + slot, tl.where(live, row, -1), mask=slot < slots)
-        tl.store(permuted_to_token + row, slot // TOP_K, mask=live)
-        next_row += tl.histogram(expert, BINS)
+    if program < chunks:
+        next_row = first_tile * BLOCK_M + before
+        lane = tl.arange(0, STEP)
+        for start in range(0, chunk, STEP):
+            slot = program * chunk + start + lane
+            expert = _load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP, BINS)
+            earlier = (expert[:, None] == expert[None, :]) & (lane[:, None] > lane[None, :])
+            row = tl.gather(next_row, expert, 0) + tl.sum(earlier.to(tl.int32), axis=1)
+            live = (expert < experts) & (slot < slots)
+            tl.store(expanded_to_permuted + slot, tl.where(live, row, -1), mask=slot < slots)
+            tl.store(permuted_to_token + row, slot // TOP_K, mask=live)
+            if start + STEP < chunk:
+                next_row += tl.histogram(expert, BINS)
 
     num_tiles = tl.sum(expert_tiles, axis=0)
-    for start in range(program * 16, tiles, tl.num_programs(0) * 16):
-        tile = start + tl.arange(0, 16)
+    for start in range(program * TILES, tiles, tl.num_programs(0) * TILES):
+        tile = start + tl.arange(0, TILES)
         owner = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
         used = tile < num_tiles
         tl.store(tile_to_expert + tile, tl.where(used, owner, -1), mask=tile < tiles)
-        owner = tl.minimum(owner, BINS - 1)
-        end = tl.gather(first_tile * BLOCK_M + total, owner, 0)
-        row = tile[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        padding = (tile < tiles)[:, None] & ((used == 0)[:, None] | (row >= end[:, None]))
-        tl.store(permuted_to_token + row, tl.full(row.shape, -1, tl.int32), mask=padding)
+        end = tl.gather(first_tile * BLOCK_M + total, tl.minimum(owner, BINS - 1), 0)
+        tile_row = tile[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        padding = (tile < tiles)[:, None] & ((used == 0)[:, None] | (tile_row >= end[:, None]))
+        tl.store(permuted_to_token + tile_row, tl.full(tile_row.shape, -1, tl.int32), mask=padding)
 
 
 def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.Tensor | None = None) -> Routing:
@@ -114,28 +122,34 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         return result
     topk_ids = topk_ids.contiguous()
     bins = max(16, triton.next_power_of_2(experts + 1))
-    shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": _STEP, "num_warps": 4}
+    # STEP slots are ranked at once, by comparing each with each; a second round costs more than a wider one.
+    step = 128 if slots <= _ONE_LAUNCH else 256
+    shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": step, "num_warps": step // 32}
     global_experts = 0 if expert_map is None else expert_map.numel()
-    if slots <= _ONE_PROGRAM:
-        programs, chunk, counts = 1, triton.cdiv(slots, _STEP) * _STEP, result.tile_to_expert
+    if slots <= _ONE_LAUNCH:
+        chunk, counts = step, None
     else:
-        chunk = triton.cdiv(triton.cdiv(slots, _MAX_CHUNKS), _STEP) * _STEP
-        programs = triton.cdiv(slots, chunk)
-        counts = topk_ids.new_empty((programs, bins), dtype=torch.int32)
-        count_kernel[(programs,)](topk_ids, expert_map, counts, slots, chunk, experts, global_experts, **shared)
-    place_kernel[(programs,)](
+        chunk = triton.cdiv(triton.cdiv(slots, _MAX_CHUNKS), step) * step
+    chunks = triton.cdiv(slots, chunk)
+    if slots > _ONE_LAUNCH:
+        counts = topk_ids.new_empty((chunks, bins), dtype=torch.int32)
+        count_kernel[(chunks,)](topk_ids, expert_map, counts, slots, chunk, experts, global_experts, **shared)
+    place_kernel[(max(chunks, min(_MAX_CHUNKS, triton.cdiv(tiles, _TILES))),)](
         topk_ids,
         expert_map,
         counts,
         *result,
         slots,
         chunk,
+        chunks,
         experts,
         global_experts,
         tiles,
         TOP_K=top_k,
         BLOCK_M=block_m,
-        CHUNKS=0 if programs == 1 else triton.cdiv(programs, 8) * 8,
+        ALL_SLOTS=0 if counts is not None else max(step, triton.next_power_of_2(slots)),
+        TILES=_TILES,
+        PDL=arch_of(topk_ids.device) >= 90,
         **shared,
     )
     return result
