@@ -54,7 +54,7 @@ def _e4m3_to_float(code):
 
 @triton.jit
 def unpack_pair(word, dtype: tl.constexpr):
-    """Words of two `dtype` values to two fp32 tensors: the even (low) and the odd (high) neighbours. Exact."""
+    """Words of two `dtype` values to two fp32 tensors: the even (low) and the odd (high) neighbours. Exact. uint8 is e4m3."""
     if dtype == tl.bfloat16:
         return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
     elif dtype == tl.float16:

@@ -375,6 +375,8 @@ def _launch(
     arch = arch_of(x.device)
     pdl = pdl and arch >= 90
     x = aligned_rows(x)
+    if x.dtype == torch.float8_e4m3fn:
+        x = x.view(torch.uint8)  # Triton refuses pointers to e4m3 before SM89
     quantize_kernel[(programs,)](
         x,
         a_global_sf,

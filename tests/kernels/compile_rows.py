@@ -1,0 +1,136 @@
+"""Compiles kernels for GPUs that are not there. Run as a script it writes what it made as JSON (see `test_compile.py`)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One specialization of a kernel.
+
+    kernel: "module:function" below nvfp4_kernels.triton. types: Triton types of the arguments that are not constants.
+    aligned: arguments that are divisible by 16, as the launcher would find. constants: constexpr arguments; one called ARCH
+    is filled in.
+    """
+
+    name: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    warps: int = 4
+    options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
+
+
+_QUANTIZE_TYPES = {
+    "x": "*bf16",
+    "a_global_sf": "*fp32",
+    "index": "*i32",
+    "named": "*u8",
+    "x_q": "*u8",
+    "sf": "*u8",
+    "token_scale": "*fp32",
+    **dict.fromkeys(("m", "out_rows", "pad_start", "blocks", "padded_blocks", "x_stride", "g_stride"), "i32"),
+}
+_QUANTIZE = {
+    "LAYOUT": 0,
+    "PER_TOKEN": True,
+    "SHUFFLE": False,
+    "SILU": False,
+    "ROWS": "all",
+    "TOP_K": 1,
+    "FAST": False,
+    "PDL": False,
+    "BLOCK_M": 1,
+    "BLOCKS": 128,
+    "CHUNKS": 2,
+    "ROW_BLOCKS": 0,
+    "PAD_WORDS": 1024,
+}
+
+
+def _quantize(name: str, x: str = "*bf16", warps: int = 4, **constants: Any) -> Row:
+    types = _QUANTIZE_TYPES | {"x": x}
+    return Row(
+        name,
+        "quantize:quantize_kernel",
+        types,
+        _QUANTIZE | constants,
+        ("x", "x_q", "sf", "token_scale", "padded_blocks"),
+        warps,
+    )
+
+
+ROWS = (
+    _quantize("quantize per token"),
+    _quantize("quantize per tensor", PER_TOKEN=False, CHUNKS=1, warps=2),
+    _quantize("quantize per token fp16 linear", x="*fp16", LAYOUT=2),
+    _quantize("quantize per token fp8", x="*u8", LAYOUT=1),
+    _quantize("quantize shared rows", BLOCKS=128, CHUNKS=1, ROW_BLOCKS=1024),
+    _quantize("quantize two passes", BLOCKS=512, CHUNKS=0, warps=8),
+    _quantize("quantize fast", FAST=True),
+    _quantize("permute_quantize", ROWS="scattered", TOP_K=8),
+    _quantize("silu_and_mul_quantize", SILU=True),
+    Row(
+        "dequantize",
+        "quantize:dequantize_kernel",
+        {"x_q": "*u8", "sf": "*u8", "global_scale": "*fp32", "out": "*bf16"}
+        | dict.fromkeys(("m", "blocks", "padded_blocks", "g_stride"), "i32"),
+        {"LAYOUT": 0, "BLOCK_M": 1, "BLOCKS": 128},
+        ("x_q", "sf", "out"),
+    ),
+    Row(
+        "search_scales mse",
+        "weight:search_kernel",
+        {"weight": "*bf16", "encode_scale": "*fp32", "data": "*u8", "scales": "*u8"}
+        | dict.fromkeys(("rows", "rows_per_matrix", "blocks", "stride"), "i32"),
+        {"SEARCH": "mse", "BLOCK_M": 4, "BLOCKS": 64},
+        ("weight", "data", "scales"),
+    ),
+)
+
+
+def compile_row(row: Row, arch: int) -> dict[str, Any]:
+    """PTX of a row, and from the finished binary its registers and the bytes of stack and local memory."""
+    import triton
+    import triton.backends.nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, name = row.kernel.partition(":")
+    kernel = getattr(importlib.import_module(f"nvfp4_kernels.triton.{module}"), name)
+    constants = dict(row.constants)
+    if "ARCH" in kernel.arg_names:
+        constants["ARCH"] = arch
+    signature = row.types | dict.fromkeys(constants, "constexpr")
+    attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in row.aligned}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": row.warps, **row.options},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"name": row.name, "arch": arch, "ptx": compiled.asm["ptx"], **numbers}
+
+
+if __name__ == "__main__":
+    rows = {row.name: row for row in ROWS}
+    wanted = json.loads(sys.argv[1]) if len(sys.argv) > 1 else [[name, arch] for name in rows for arch in ARCHS]
+    json.dump([compile_row(rows[name], arch) for name, arch in wanted], sys.stdout)
