@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,7 @@ from nvfp4_plugin.cli.benchmark import (
     JsonOption,
     PlotOption,
     RepeatsOption,
+    Unavailable,
     pick_device,
     rotation,
     run,
@@ -23,37 +24,123 @@ from nvfp4_plugin.cli.benchmark import (
 if TYPE_CHECKING:
     import torch
 
+LARGE = ("16384x4096", "16384x8192", "8192x14336", "65536x2048")
+SMALL = tuple(f"{m}x{k}" for k in (4096, 14336) for m in (1, 4, 16, 64))
+TOP_K = 4
+"""Rows that each token goes to in the permuted form."""
+
+# What a call moves, in bytes for each value of the [M, K] matrix: bf16 in; codes and block scales out.
+_QUANTIZE = 2 + 0.5625
+BYTES: dict[str, float] = {
+    "per_token": _QUANTIZE,
+    "per_token_linear": _QUANTIZE,
+    "per_tensor": _QUANTIZE,
+    "per_tensor_linear": _QUANTIZE,
+    "per_token_pdl": _QUANTIZE,
+    "silu_per_token": 4 + 0.5625,
+    "silu_per_tensor": 4 + 0.5625,
+    "permuted": 2 + TOP_K * 0.5625,
+    "dequantize": _QUANTIZE,
+    "copy": _QUANTIZE,
+    "elementwise": 4,
+    "compiled_reference": _QUANTIZE,
+    "flashinfer": _QUANTIZE,
+    "cute-dsl": _QUANTIZE,
+}
+"""What can be timed; "copy" moves the bytes of a quantization, half of them each way."""
+COLUMNS = ("per_token", "per_tensor", "silu_per_token", "permuted", "copy", "elementwise", "compiled_reference", "flashinfer")
+
 
 def quantize(
-    m: Annotated[list[int], typer.Option("--m", help="Rows (tokens); may be given several times.")] = [1, 16, 256, 4096],  # noqa: B006
-    k: Annotated[int, typer.Option("--k", help="Columns, a multiple of 16.")] = 4096,
+    shape: Annotated[list[str], typer.Option("--shape", help="MxK; may be given several times.")] = [*LARGE, *SMALL],  # noqa: B006
+    only: Annotated[list[str], typer.Option("--only", help=f"A column, of {', '.join(BYTES)}.")] = [*COLUMNS],  # noqa: B006
     json: JsonOption = False,
     plot: PlotOption = None,
     device: DeviceOption = "auto",
     repeats: RepeatsOption = 30,
 ) -> None:
-    """Quantize bf16 activations [M, K] to NVFP4: per tensor and per token, beside a copy of the input."""
+    """Quantize bf16 activations [M, K] to NVFP4, beside copies of the same bytes, torch.compile and FlashInfer."""
     where = pick_device(device)
-    cases = [
-        # Codes are half a byte a value, block scales a sixteenth.
-        Case({"K": k, "M": rows}, name, partial(_setup, name, rows, k, where), bytes=int(rows * k * (2 + written)))
-        for rows in m
-        for name, written in (("per_token", 0.5625), ("per_tensor", 0.5625), ("copy", 2))
-    ]
+    for name in only:
+        if name not in BYTES:
+            raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(BYTES)}", param_hint="--only")
+    cases = []
+    for m, k in map(_shape, shape):
+        for name in only:
+            cases.append(Case({"K": k, "M": m}, name, partial(_setup, name, m, k, where), bytes=int(m * k * BYTES[name])))
     run("Quantize activations", cases, where, json=json, plot=plot, repeats=repeats)
+
+
+def _shape(shape: str) -> tuple[int, int]:
+    m, _, k = shape.partition("x")
+    if not (m.isdigit() and k.isdigit()) or int(k) % 16 or not int(k):
+        raise typer.BadParameter(f"got {shape!r}; allowed: MxK with K a multiple of 16", param_hint="--shape")
+    return int(m), int(k)
 
 
 def _setup(name: str, rows: int, k: int, device: torch.device) -> Sequence[Call]:
     import torch
 
-    from nvfp4_kernels import nvfp4_quantize
-
-    inputs = [
-        torch.randn(rows, k, device=device, dtype=torch.bfloat16) for _ in range(rotation(rows * k * 2, device, limit=16))
-    ]
+    buffers = rotation(int(rows * k * BYTES[name]), device, limit=16)
+    columns = 2 * k if name.startswith("silu") else k
+    inputs = [torch.randn(rows, columns, device=device, dtype=torch.bfloat16) for _ in range(buffers)]
     if name == "copy":
-        return [x.clone for x in inputs]
-    if name == "per_token":
-        base = torch.full((1,), 1 / (448 * 6), device=device)
-        return [partial(nvfp4_quantize, x, base, per_token_activation=True) for x in inputs]
-    return [partial(nvfp4_quantize, x, 448 * 6 / x.abs().amax().float().reshape(1)) for x in inputs]
+        half = int(rows * k * BYTES[name]) // 2
+        sources = [torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(buffers)]
+        return [partial(torch.empty_like(source).copy_, source) for source in sources]
+    if name == "elementwise":
+        return [partial(torch.mul, x, 2.0, out=torch.empty_like(x)) for x in inputs]
+    call = _call(name, rows, inputs[0])
+    return [partial(call, x) for x in inputs]
+
+
+def _call(name: str, rows: int, x: torch.Tensor) -> Callable[[torch.Tensor], object]:
+    """What the column `name` does with an input like `x`."""
+    import torch
+
+    import nvfp4_kernels as nvfp4
+    from nvfp4_kernels import SfLayout
+
+    base = torch.full((1,), 1 / (448 * 6), device=x.device)
+    scale = torch.full((1,), 448 * 6 / 5, device=x.device)
+    layout = SfLayout.layout_linear if name.endswith("linear") else SfLayout.layout_128x4
+    per_token = "per_tensor" not in name
+    if name.startswith("silu"):
+        return lambda x: nvfp4.silu_and_mul_nvfp4_quantize(x, base if per_token else scale, per_token_activation=per_token)
+    if name.startswith("per_"):
+        pdl = name.endswith("pdl")
+        return lambda x: nvfp4.nvfp4_quantize(
+            x, base if per_token else scale, layout, enable_pdl=pdl, per_token_activation=per_token
+        )
+    if name == "permuted":
+        index = torch.randperm(rows * TOP_K, device=x.device).view(rows, TOP_K).int()
+        return lambda x: nvfp4.nvfp4_permute_quantize(x, index, rows=rows * TOP_K)
+    if name == "dequantize":
+        x_q, sf = nvfp4.nvfp4_quantize(x, scale)
+        return lambda x: nvfp4.nvfp4_dequantize(x_q, sf, 1 / scale, dtype=torch.bfloat16)
+    if name == "compiled_reference":
+        return partial(_compiled_reference(), base)
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < 10:
+        raise Unavailable("FlashInfer's nvfp4_quantize gives no result here: it needs SM100 or newer")
+    try:
+        nvfp4.nvfp4_quantize(x[:1], base, backend=name, per_token_activation=True)
+    except (ValueError, ImportError) as error:
+        raise Unavailable(str(error)) from None
+    return lambda x: nvfp4.nvfp4_quantize(x, base, backend=name, per_token_activation=True)
+
+
+def _compiled_reference() -> Callable[[torch.Tensor, torch.Tensor], object]:
+    """torch.compile of the reference's per-token rules over the whole matrix, 128x4 scales included."""
+    import torch
+
+    from nvfp4_kernels.formats import to_layout
+    from nvfp4_kernels.reference.quantize import quantize_blocks, token_scales
+
+    def reference(inverse_base: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = x.to(torch.float32)
+        g, scales = token_scales(values, inverse_base)
+        x_q, sf = quantize_blocks(values, g)
+        return x_q, to_layout(sf, 0), scales
+
+    torch.compiler.reset()
+    return torch.compile(reference, dynamic=False)
