@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,9 +17,11 @@ from nvfp4_plugin.cli.benchmark import (
     JsonOption,
     PlotOption,
     RepeatsOption,
+    Unavailable,
     pick_device,
     rotation,
     run,
+    time_calls,
 )
 
 if TYPE_CHECKING:
@@ -29,9 +32,16 @@ SHAPES = {
     "o": (4096, 4096),
     "gate_up": (28672, 4096),
     "down": (4096, 14336),
+    "70b_qkv": (10240, 8192),
+    "70b_o": (8192, 8192),
+    "70b_gate_up": (57344, 8192),
     "70b_down": (8192, 28672),
+    "qwen3_32b_qkv": (10240, 5120),
+    "qwen3_32b_o": (5120, 8192),
+    "qwen3_32b_gate_up": (51200, 5120),
+    "qwen3_32b_down": (5120, 25600),
 }
-"""Layer -> (N, K): the linear layers of Llama-3-8B, and one of 70B."""
+"""Layer -> (N, K): the linear layers of Llama-3-8B and -70B and of Qwen3-32B."""
 
 
 def linear(
@@ -42,20 +52,27 @@ def linear(
         "fp8_per_token",
         "nvfp4_per_token",
     ],
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure every GEMM and tile for these layers and keep the best for this device.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Where --tune writes; by default the user's cache.")] = None,
     json: JsonOption = False,
     plot: PlotOption = None,
     device: DeviceOption = "auto",
     repeats: RepeatsOption = 30,
 ) -> None:
-    """x @ weight^T over an NVFP4 weight in each activation mode, beside the bf16 layer."""
+    """x @ weight^T over an NVFP4 weight in each activation mode, beside the bf16 layer and cuBLAS's FP8 product."""
     where = pick_device(device)
+    if tune:
+        _tune([_shape(name) for name in layer], where, output, repeats)
+        return
     cases = []
     for name in layer:
         n, k = _shape(name)
         for rows in m:
             point: dict[str, str | int] = {"layer": f"{name} {n}x{k}" if name in SHAPES else name, "M": rows}
-            for column in (*mode, "bf16"):
-                weight_bytes = n * k * 2 if column == "bf16" else n * k * 9 // 16
+            for column in (*mode, "bf16", *(("fp8 cuBLAS",) if where.type == "cuda" else ())):
+                weight_bytes = {"bf16": n * k * 2, "fp8 cuBLAS": n * k}.get(column, n * k * 9 // 16)
                 cases.append(
                     Case(
                         point,
@@ -79,6 +96,40 @@ def _shape(name: str) -> tuple[int, int]:
     return int(n), int(k)
 
 
+def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | None, repeats: int) -> None:
+    """Measure all plans for the shapes, merge them into the table at `output` and say where it is."""
+    import json
+
+    import torch
+
+    from nvfp4_kernels.triton import tuning
+    from nvfp4_kernels.triton.linear import hopper_problem, user_table_path
+
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise typer.BadParameter("--tune chooses among Hopper's kernels: it needs an SM90 GPU", param_hint="--tune")
+    for n, k in shapes:
+        problem = hopper_problem(n, k)
+        if problem:
+            raise typer.BadParameter(f"{n}x{k}: {problem}", param_hint="--layer")
+    table = tuning.tune(
+        shapes,
+        device,
+        lambda calls: time_calls(calls, device, repeats).seconds,
+        copies_of=lambda nbytes: rotation(nbytes, device, limit=32),
+        log=lambda line: typer.echo(line, err=True),
+    )
+    path = output or user_table_path(table["device"])
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        for part in ("linear", "us"):
+            for mode, entries in table[part].items():
+                kept.setdefault(part, {}).setdefault(mode, {}).update(entries)
+        table = kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    typer.echo(f"wrote {path}")
+
+
 def _setup(mode: str, rows: int, n: int, k: int, device: torch.device) -> Sequence[Call]:
     import torch
 
@@ -89,6 +140,16 @@ def _setup(mode: str, rows: int, n: int, k: int, device: torch.device) -> Sequen
     if mode == "bf16":
         weights = [weight.clone() for _ in range(rotation(n * k * 2, device, limit=16))]
         return [partial(torch.nn.functional.linear, x, w) for w in weights]
+    if mode == "fp8 cuBLAS":  # the product alone: its activations are e4m3 already
+        if torch.cuda.get_device_capability(device) < (8, 9):
+            raise Unavailable("fp8 cuBLAS: the device has no FP8 tensor cores")
+        x8, column = x.to(torch.float8_e4m3fn), torch.ones(1, n, device=device)
+        row = torch.ones(rows, 1, device=device)
+        weights = [weight.to(torch.float8_e4m3fn) for _ in range(rotation(n * k, device, limit=16))]
+        return [
+            partial(torch._scaled_mm, x8, w.t(), scale_a=row, scale_b=column, out_dtype=torch.bfloat16, use_fast_accum=True)
+            for w in weights
+        ]
     quantized = quantize_weight(weight, scale_search="absmax").prepared(mode)
     tensors = {key: value for key, value in vars(quantized).items() if value is not None}
     copies = [

@@ -16,6 +16,13 @@ _E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
+def _let_next_kernel_start():
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def source_column(column, ORDER: tl.constexpr):
     """The column of x that stands at `column` of the prepared operand."""
     chunk = column - column % 128
@@ -66,10 +73,21 @@ def _quantize_fp8_kernel(x_ptr, q_ptr, scale_ptr, stride, K, ORDER: tl.constexpr
 def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] to e4m3 [M, K] in `order` and decode scales fp32 [M]; GPUs without fp8 get the same values in bf16."""
     m, k = x.shape
-    fp8 = arch_of(x.device) >= 89
+    arch = arch_of(x.device)
+    fp8 = arch >= 89
     q = torch.empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
+    if arch == 90 and k % 256 == 0 and order in ("natural", "fp8"):
+        from .activation_hopper import quantize_fp8_rows
+
+        # Up to 8192 values a row stay in registers; longer rows go by pieces, so that several blocks share a processor.
+        block = min(max(block, 1024), 8192)
+        warps = block // 1024
+        quantize_fp8_rows[(m,)](
+            x, q, scale, x.stride(0), k, order == "fp8", block, k <= block, warps, num_warps=warps
+        )
+        return q, scale
     _quantize_fp8_kernel[(m,)](
         x, q, scale, x.stride(0), k, order, fp8, block, num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False
     )
@@ -77,7 +95,9 @@ def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 @triton.jit
-def _permute_kernel(x_ptr, out_ptr, stride, K, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+def _permute_kernel(x_ptr, out_ptr, stride, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        _let_next_kernel_start()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride + source_column(column, ORDER), mask=column < K)
@@ -88,8 +108,9 @@ def permute(x: torch.Tensor, order: str) -> torch.Tensor:
     """x [M, K] with K in `order`."""
     m, k = x.shape
     out = torch.empty(m, k, dtype=x.dtype, device=x.device)
-    block = min(4096, triton.next_power_of_2(k))
-    _permute_kernel[(m, triton.cdiv(k, block))](x, out, x.stride(0), k, order, block, num_warps=8)
+    block = min(1024 if m <= 64 else 4096, triton.next_power_of_2(k))
+    pdl = arch_of(x.device) >= 90
+    _permute_kernel[(m, triton.cdiv(k, block))](x, out, x.stride(0), k, order, block, pdl, num_warps=max(1, block // 512))
     return out
 
 
@@ -110,7 +131,9 @@ def decode_e4m3(byte):
 
 
 @triton.jit
-def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        _let_next_kernel_start()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = source_column(column, ORDER)
@@ -126,5 +149,6 @@ def decode(q: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype, order: str) ->
     m, k = q.shape[0], q.shape[1] * 2
     out = torch.empty(m, k, dtype=dtype, device=q.device)
     block = min(4096, triton.next_power_of_2(k))
-    _decode_kernel[(m, triton.cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, num_warps=8)
+    pdl = arch_of(q.device) >= 90
+    _decode_kernel[(m, triton.cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8)
     return out

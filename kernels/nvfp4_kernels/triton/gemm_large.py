@@ -47,18 +47,19 @@ def _load_x(x_desc, x_ring, bars, m0, k, stage, XK: gl.constexpr, pred):
     tma_load(x_desc, [m0, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "k_stages", "split", "row_stride"])
+@gluon.jit(do_not_specialize=["M", "N", "stages", "split", "row_stride"])
 def gemm_large(
     w_desc, s_desc, x_desc, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
-    N, M, k_stages, split, row_stride,
+    N, M, stages, split, row_stride,
     BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr, BULK_STORE: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T, see linear.py for the arguments.
 
     w_desc int32 [N, K/8] in boxes [128, 16], s_desc int16 [N, K/32] in boxes [128, 8], x_desc [M, K] in the permuted order of
-    hopper.py in boxes [BM, 128 bytes]. k_stages = K / 256, a multiple of split; with REDUCE each tile's last block adds up
-    the fp32 partials of all, in a fixed order, and leaves its counter at 0 again.
+    hopper.py in boxes [BM, 128 bytes]. A unit of work is a tile's share of K, stages = K / 256 / split steps; with REDUCE
+    (split > 1) the last block of a tile adds up the fp32 partials of all, in a fixed order, and leaves the tile's counter
+    at 0 again: partial fp32 [tiles * split * 128 * BM], count int32 [tiles], zeros.
     """
     BN: gl.constexpr = 128
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
@@ -91,34 +92,42 @@ def gemm_large(
     n_tiles = gl.cdiv(N, BN)
     m_tiles = gl.cdiv(M, BM)
     units = n_tiles * m_tiles * split
-    stages = k_stages // split
     stride = gl.num_programs(0)
+    x_stages = stages * PER_WEIGHT_STAGE
     # The loads run ahead of the products, across units: cursors of the weight stage and of the x stage to load next.
+    # Divisions happen between units alone.
     w_unit = gl.program_id(0)
-    w_n, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
-    w_k = 0
-    x_unit = gl.program_id(0)
-    _, x_m = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
-    x_k = 0
+    x_unit = w_unit
+    w_tile, x_tile = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+    w_k = w_unit % split * stages
+    x_k = w_unit % split * x_stages
+    w_left = stages
+    x_left = x_stages
     for i in gl.static_range(WEIGHT_STAGES - 1):
-        k = (w_unit % split) * stages + w_k
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_n * BN, k, i, w_unit < units)
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_tile * BN, w_k, i, w_unit < units)
         w_k += 1
-        if w_k == stages:
-            w_k = 0
+        w_left -= 1
+        if w_left == 0:
             w_unit += stride
-            w_n, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+            w_tile, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+            w_k = w_unit % split * stages
+            w_left = stages
     for i in gl.static_range(X_STAGES - 1):
-        k = (x_unit % split) * stages * PER_WEIGHT_STAGE + x_k
-        _load_x(x_desc, x_ring, x_bars, x_m * BM, k, i, XK, x_unit < units)
+        _load_x(x_desc, x_ring, x_bars, x_tile * BM, x_k, i, XK, x_unit < units)
         x_k += 1
-        if x_k == stages * PER_WEIGHT_STAGE:
-            x_k = 0
+        x_left -= 1
+        if x_left == 0:
             x_unit += stride
-            _, x_m = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
+            _, x_tile = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
+            x_k = x_unit % split * x_stages
+            x_left = x_stages
 
-    w_step = 0
-    x_step = 0
+    w_slot = 0
+    w_phase = 0
+    w_free = WEIGHT_STAGES - 1
+    x_slot = 0
+    x_phase = 0
+    x_free = X_STAGES - 1
     for unit in range(gl.program_id(0), units, stride):
         tile = unit // split
         n_tile, m_tile = tile_of(tile, n_tiles, m_tiles, GROUP)
@@ -126,11 +135,10 @@ def gemm_large(
             fold = fold_pairs(fold_ptr, n_tile * BN, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
         for _stage in range(stages):
-            slot = w_step % WEIGHT_STAGES
-            mbarrier.wait(w_bars.index(slot), (w_step // WEIGHT_STAGES) & 1)
+            mbarrier.wait(w_bars.index(w_slot), w_phase)
             for chunk in gl.static_range(2):
-                w = words.index(slot * 2 + chunk).load(WORDS)
-                s = scales.index(slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
+                w = words.index(w_slot * 2 + chunk).load(WORDS)
+                s = scales.index(w_slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
                 if not FP8:
                     s_first, s_second = scale_pairs(s, FP16)
                     w_first, w_second = halves(w, BN)
@@ -138,31 +146,40 @@ def gemm_large(
                     if FP8:
                         a = decode_fp8(w, s, fold, BN, OPERAND)
                     else:
-                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
-                    x_slot = x_step % X_STAGES
-                    mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
+                        a = decode_16(
+                            w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16
+                        )
+                    mbarrier.wait(x_bars.index(x_slot), x_phase)
                     token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
                     # The products before these are done, in every warp once past the barrier: their x stage is free.
                     thread_barrier()
-                    free = (x_step + X_STAGES - 1) % X_STAGES
-                    k = (x_unit % split) * stages * PER_WEIGHT_STAGE + x_k
-                    _load_x(x_desc, x_ring, x_bars, x_m * BM, k, free, XK, x_unit < units)
-                    x_step += 1
+                    _load_x(x_desc, x_ring, x_bars, x_tile * BM, x_k, x_free, XK, x_unit < units)
+                    x_free = x_slot
+                    x_slot += 1
+                    if x_slot == X_STAGES:
+                        x_slot = 0
+                        x_phase ^= 1
                     x_k += 1
-                    if x_k == stages * PER_WEIGHT_STAGE:
-                        x_k = 0
+                    x_left -= 1
+                    if x_left == 0:
                         x_unit += stride
-                        _, x_m = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
-            free_w = (w_step + WEIGHT_STAGES - 1) % WEIGHT_STAGES
-            k = (w_unit % split) * stages + w_k
-            _load_weights(w_desc, s_desc, words, scales, w_bars.index(free_w), w_n * BN, k, free_w, w_unit < units)
-            w_step += 1
+                        _, x_tile = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
+                        x_k = x_unit % split * x_stages
+                        x_left = x_stages
+            _load_weights(w_desc, s_desc, words, scales, w_bars.index(w_free), w_tile * BN, w_k, w_free, w_unit < units)
+            w_free = w_slot
+            w_slot += 1
+            if w_slot == WEIGHT_STAGES:
+                w_slot = 0
+                w_phase ^= 1
             w_k += 1
-            if w_k == stages:
-                w_k = 0
+            w_left -= 1
+            if w_left == 0:
                 w_unit += stride
-                w_n, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+                w_tile, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
+                w_k = w_unit % split * stages
+                w_left = stages
         acc = warpgroup_mma_wait(0, deps=[token])
 
         n = n_tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
@@ -170,14 +187,15 @@ def gemm_large(
         if REDUCE:
             offsets = partial_offsets(BN, BM, ACC)
             valid = (m < M)[None, :] & (n < N)[:, None]
-            gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + offsets, acc, mask=valid)
+            slot_ptr = partial_ptr + unit.to(gl.int64) * (BN * BM)  # type: ignore[attr-defined]
+            gl.store(slot_ptr + offsets, acc, mask=valid)
             thread_barrier()
             if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1:
                 gl.store(count_ptr + tile, 0)
                 total = gl.zeros([BN, BM], gl.float32, ACC)
                 for part in range(split):
-                    slot_ptr = partial_ptr + (tile * split + part).to(gl.int64) * (BN * BM)
-                    total += gl.load(slot_ptr + offsets, mask=valid, other=0.0)
+                    part_ptr = partial_ptr + (tile * split + part).to(gl.int64) * (BN * BM)
+                    total += gl.load(part_ptr + offsets, mask=valid, other=0.0)
                 result = scaled(
                     total, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
                     out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,

@@ -160,11 +160,9 @@ def halves(words, BN: gl.constexpr):
 
 
 @gluon.jit
-def decode_16(words, scale, BN: gl.constexpr, OPERAND: gl.constexpr, FP16: gl.constexpr):
-    """int32 words [BN, 4, 2] and scale pairs [BN, 4] to 16-bit values [BN, 64] in operand layout, times 2^-8 (fp16: 2^-7)."""
-    LAYOUT: gl.constexpr = words.type.layout
-    scale = gl.convert_layout(gl.join(scale, scale), LAYOUT, assert_trivial=True)
-    v0, v1, v2, v3, v4, v5, v6, v7 = gl.inline_asm_elementwise(
+def decode_values(words, scale, FP16: gl.constexpr):
+    """int32 words and their scale pairs to 8 tensors of 16-bit values: codes 0, 4, 1, 5, 2, 6, 3, 7 of every word."""
+    return gl.inline_asm_elementwise(
         _DECODE_FP16 if FP16 else _DECODE_BF16,
         "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
         [words, scale],
@@ -172,6 +170,14 @@ def decode_16(words, scale, BN: gl.constexpr, OPERAND: gl.constexpr, FP16: gl.co
         is_pure=True,
         pack=1,
     )
+
+
+@gluon.jit
+def decode_16(words, scale, BN: gl.constexpr, OPERAND: gl.constexpr, FP16: gl.constexpr):
+    """int32 words [BN, 4, 2] and scale pairs [BN, 4] to 16-bit values [BN, 64] in operand layout, times 2^-8 (fp16: 2^-7)."""
+    LAYOUT: gl.constexpr = words.type.layout
+    scale = gl.convert_layout(gl.join(scale, scale), LAYOUT, assert_trivial=True)
+    v0, v1, v2, v3, v4, v5, v6, v7 = decode_values(words, scale, FP16)
     a = gl.join(gl.join(gl.join(v0, v1), gl.join(v2, v3)), gl.join(gl.join(v4, v5), gl.join(v6, v7)))
     a = gl.permute(a, [0, 2, 5, 4, 1, 3])  # t word h j0 j1 -> word j1 j0 t h
     return gl.convert_layout(gl.reshape(a, [BN, 64]), OPERAND, assert_trivial=True)

@@ -1,8 +1,9 @@
 """The dense layer on a GPU: one entry that makes the activations ready, picks a GEMM and its tile, and launches it.
 
-Five GEMMs serve it:
+Six GEMMs serve it:
 
-- "decode": Hopper, few rows; bound by the bytes of the weights (gemm_decode.py).
+- "few": Hopper, up to 8 rows of 16-bit values, best for one or two; bound by the bytes of the weights (gemm_few.py).
+- "decode": Hopper, up to 64 rows; likewise bound (gemm_decode.py).
 - "large": Hopper, many rows; weights decoded in registers beside the products (gemm_large.py).
 - "widen": fp8_per_token with very many rows; weights widened to e4m3 in a scratch, then the FP8 GEMM of cuBLAS (widen.py).
 - "dot_scaled": Blackwell's FP4 tensor cores (gemm_dot_scaled.py).
@@ -34,7 +35,6 @@ from .widen import widen_fp8
 _TABLES = Path(__file__).parent.parent / "tables"
 _TILE_N = 128
 _K_STEP = 256
-_SHARED_MEMORY = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -63,29 +63,32 @@ def user_table_path(name: str) -> Path:
     return Path(cache) / "linear" / f"{name.replace(' ', '_')}.json"
 
 
+def shipped_table_path(name: str) -> Path:
+    """Where this package keeps its table for a device of this name."""
+    return _TABLES / f"{name.replace(' ', '_')}.json"
+
+
 @functools.cache
 def _table(name: str) -> dict[str, Any]:
     """The tuning table of a device: the shipped one under what the user measured."""
     merged: dict[str, Any] = {}
-    for path in (_TABLES / f"{name.replace(' ', '_')}.json", user_table_path(name)):
+    for path in (shipped_table_path(name), user_table_path(name)):
         if path.is_file():
             for mode, shapes in json.loads(path.read_text())["linear"].items():
                 merged.setdefault(mode, {}).update(shapes)
     return merged
 
 
-def bucket(m: int) -> int:
-    """The M that stands for m in the tables: the next power of two, 4096 at most."""
-    return min(4096, triton.next_power_of_2(max(m, 1)))
-
-
 def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan | None:
+    """What a table says: the entry of the first M there that is no smaller than m, or of the largest."""
     name, _, _ = _device(device.index or 0)
-    entry = _table(name).get(mode, {}).get(f"{n}x{k}", {}).get(str(bucket(m)))
-    if entry is None:
+    entries = _table(name).get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
+    if not entries:
         return None
-    parameters = dict(entry)
-    return Plan(parameters.pop("kernel"), parameters, f"measured on {name} for {n}x{k} at M up to {bucket(m)}")
+    rows = sorted(map(int, entries))
+    at = next((row for row in rows if row >= m), rows[-1])
+    parameters = dict(entries[str(at)])
+    return Plan(parameters.pop("kernel"), parameters, f"measured on {name} for {n} x {k} at M = {at}")
 
 
 def hopper_problem(n: int, k: int) -> str | None:
@@ -96,31 +99,35 @@ def hopper_problem(n: int, k: int) -> str | None:
 
 
 def split_of(stages: int, tiles: int, blocks: int) -> int:
-    """The largest divisor of `stages` that leaves two stages a part and does not exceed blocks / tiles."""
+    """How many blocks share a tile's K: the largest divisor of `stages` up to blocks / tiles that leaves two stages each."""
     wanted = max(1, blocks // max(tiles, 1))
-    return max((d for d in range(1, stages + 1) if stages % d == 0 and d <= wanted and stages // d >= 2), default=1)
+    return max((d for d in range(1, wanted + 1) if stages % d == 0 and stages // d >= 2), default=1)
 
 
-def _rule_decode(m: int, n: int, k: int, processors: int) -> Plan:
+def _rule_few(n: int, k: int, processors: int) -> Plan:
+    split = split_of(k // _K_STEP, triton.cdiv(n, 64), processors * 4)
+    return Plan("few", {"warps": 4, "split": split}, "one or two rows are bound by the weights' bytes")
+
+
+def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
     bm = max(8, triton.next_power_of_2(m))
-    warps = 8 if bm >= 64 else 4
-    resident = {8: 3, 16: 3, 32: 2, 64: 1}[bm]
-    tiles = triton.cdiv(n, 16 * warps)
-    split = split_of(k // _K_STEP, tiles, processors * resident * 3 // 2)
+    wide = bm == 64 or (bm == 32 and not fp8)
+    warps, resident, stages = (8, 1, 4) if wide else (4, 4 if bm < 32 else 3, 3)
+    split = split_of(k // _K_STEP, triton.cdiv(n, 16 * warps), processors * resident)
     return Plan(
         "decode",
-        {"bm": bm, "warps": warps, "stages": 5 if bm <= 16 else 4, "split": split, "resident": resident},
+        {"bm": bm, "warps": warps, "stages": stages, "split": split, "resident": resident},
         "M <= 64 is bound by the weights' bytes",
     )
 
 
 def _rule_large(m: int, n: int, k: int, processors: int) -> Plan:
-    tiles = triton.cdiv(n, _TILE_N)
-    bm = 128 if m <= 128 or tiles * triton.cdiv(m, 256) < processors else 256
-    split = split_of(k // _K_STEP, tiles * triton.cdiv(m, bm), processors) if m <= 512 else 1
+    n_tiles = triton.cdiv(n, _TILE_N)
+    bm = 128 if m <= 128 or n_tiles * triton.cdiv(m, 256) < processors // 2 else 256
+    split = split_of(k // _K_STEP, n_tiles * triton.cdiv(m, bm), processors) if k >= 8192 else 1
     return Plan(
         "large",
-        {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split},
+        {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": min(split, 4)},
         "weights decoded in registers beside the products",
     )
 
@@ -139,10 +146,12 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     if why:
         return Plan("portable", {}, why)
     measured = _measured(device, mode, m, n, k)
-    if measured is not None and not (measured.kernel == "widen" and not _widen_serves(n, dtype)):
+    if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
         return measured
-    if m <= 64:
-        return _rule_decode(m, n, k, processors)
+    if m <= 2 and mode != "fp8_per_token":
+        return _rule_few(n, k, processors)
+    if m <= (64 if mode == "fp8_per_token" else 32):
+        return _rule_decode(m, n, k, mode == "fp8_per_token", processors)
     if mode == "fp8_per_token" and m >= 2048 and _widen_serves(n, dtype):
         return Plan("widen", {}, "so many rows pay for a pass over the weights")
     return _rule_large(m, n, k, processors)
@@ -158,7 +167,7 @@ def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     if arch != 90 or hopper_problem(n, k):
         return "none"
     first = _table(name).get("auto", {}).get(f"{n}x{k}")
-    return "fp8_per_token" if m >= (128 if first is None else first) else "none"
+    return "fp8_per_token" if m >= (17 if first is None else first) else "none"
 
 
 def describe(mode: str, device: torch.device) -> tuple[str, str]:
@@ -196,6 +205,11 @@ def _zeroed_counters(device: torch.device, count: int) -> torch.Tensor:
     return fresh
 
 
+def _workspace(device: torch.device, values: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 partial sums and the counters of their tiles."""
+    return torch.empty(values, dtype=torch.float32, device=device), _zeroed_counters(device, tiles)
+
+
 def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int | None) -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -207,10 +221,35 @@ def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int | None) -> 
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
-def _run_hopper(
+def _launch_few(
+    options: dict[str, int],
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    out: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    from .gemm_few import gemm_few
+
+    m, k = x.shape
+    n = data.shape[0]
+    split = options["split"]
+    bn = 16 * options["warps"]
+    tiles = triton.cdiv(n, bn)
+    partial, counters = _workspace(x.device, tiles * split * bn * 8, tiles) if split > 1 else (None, None)
+    gemm_few[(tiles * split,)](
+        data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias, partial, counters,
+        n, m, k // _K_STEP // split, split, k // 8, k // 64, x.stride(0), 1 if row_scale.numel() > 1 else 0,
+        WARPS=options["warps"], TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
+        num_warps=options["warps"],
+    )  # fmt: skip
+
+
+def _launch_wgmma(
     chosen: Plan,
     x: torch.Tensor,
-    prepared: bool,
     data: torch.Tensor,
     scales: torch.Tensor,
     row_scale: torch.Tensor,
@@ -219,44 +258,40 @@ def _run_hopper(
     token_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> None:
-    """Launch "decode" or "large" on the operand x, K in the permuted order if `prepared`."""
+    """Launch "decode" or "large" on the operand x, K in the permuted order."""
     m, k = x.shape
     n = data.shape[0]
     _, _, processors = _device(x.device.index or 0)
     options = chosen.parameters
-    split, bm = options["split"], options["bm"]
+    bm = options["bm"]
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
     tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
-    partial = counters = None
-    if split > 1:
-        partial = torch.empty(tiles * split * bn * bm, dtype=torch.float32, device=x.device)
-        counters = _zeroed_counters(x.device, tiles)
     words = _descriptor(data.view(torch.int32), [bn, 16], 64)
     pairs = _descriptor(scales.view(torch.int16), [bn, 8], 0)
     row_stride = 1 if row_scale.numel() > 1 else 0
-    shared = {"TOKEN": token_scale is not None, "BIAS": bias is not None, "REDUCE": split > 1}
+    stages, split = k // _K_STEP, options["split"]
+    partial, counters = _workspace(x.device, tiles * split * bn * bm, tiles) if split > 1 else (None, None)
     if few:
         from .gemm_decode import gemm_decode
 
-        grid = min(tiles * split, processors * options["resident"])
-        gemm_decode[(grid,)](
-            words, pairs, _descriptor(x, [bm, _K_STEP], 128) if prepared else None, None if prepared else x, out,
-            fold, row_scale, token_scale, bias, partial, counters, n, m, k // _K_STEP, split, x.stride(0), row_stride,
-            BM=bm, WARPS=options["warps"], STAGES=options["stages"], PREPARED=prepared, **shared,
-            num_warps=options["warps"],
+        gemm_decode[(min(tiles * split, processors * options["resident"]),)](
+            words, pairs, _descriptor(x, [bm, _K_STEP], 128), out,
+            fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split, row_stride,
+            BM=bm, WARPS=options["warps"], STAGES=options["stages"],
+            TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1, num_warps=options["warps"],
+            launch_pdl=True,
         )  # fmt: skip
         return
     from .gemm_large import gemm_large
 
-    bulk = split == 1 and n % 8 == 0
-    x_desc = _descriptor(x, [bm, 128 // x.element_size()], 128)
-    out_desc = _descriptor(out, [bm // 2, bn], 128) if bulk else None
-    gemm_large[(min(tiles * split, processors),)](
-        words, pairs, x_desc, out_desc, out, fold, row_scale, token_scale, bias, partial, counters,
-        n, m, k // _K_STEP, split, row_stride,
-        BM=bm, WEIGHT_STAGES=options["weight_stages"], X_STAGES=options["x_stages"], GROUP=options["group"], **shared,
-        BULK_STORE=bulk, num_warps=8,
+    bulk = n % 8 == 0
+    gemm_large[(min(processors, tiles * split),)](
+        words, pairs, _descriptor(x, [bm, 128 // x.element_size()], 128),
+        _descriptor(out, [bm // 2, bn], 128) if bulk else None, out,
+        fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split, row_stride,
+        BM=bm, WEIGHT_STAGES=options["weight_stages"], X_STAGES=options["x_stages"], GROUP=options["group"],
+        TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1, BULK_STORE=bulk, num_warps=8,
     )  # fmt: skip
 
 
@@ -302,46 +337,35 @@ def run(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """`linear` by a given plan, into out."""
-    hopper = chosen.kernel in ("decode", "large")
+    wgmma = chosen.kernel in ("decode", "large")
     token_scale: torch.Tensor | None = None
     fold: torch.Tensor | None = None
-    operand, prepared = x, False
+    operand = x
     if chosen.kernel == "dot_scaled":
         from .gemm_dot_scaled import run as run_dot_scaled
 
-        return run_dot_scaled(x, data, scales, row_scale, out, activation, fp8_fold, input_scale, bias)
+        return run_dot_scaled(x, data, scales, row_scale, out, activation, input_scale, bias)
     if activation == "fp8_per_token":
         assert fp8_fold is not None  # ops.py derives it
         fold = fp8_fold
-        operand, token_scale = quantize_fp8(x, "fp8" if hopper else "natural")
-        prepared = True
-    elif activation.startswith("nvfp4"):
-        per_token = activation == "nvfp4_per_token"
-        if per_token:
-            encode = _inverse_base(x.device)
-        else:
-            assert input_scale is not None  # api.py refuses this mode without one
-            encode = 1.0 / input_scale.reshape(1)
-        codes, sf, token_scale = quantize(x, encode, layout=SfLayout.layout_linear, per_token=per_token)
-        if not per_token:
-            assert input_scale is not None
-            token_scale = input_scale.reshape(1).expand(x.shape[0]).contiguous()
-        operand = decode(codes, sf, x.dtype, "16" if hopper else "natural")
-        prepared = True
-    elif chosen.kernel == "large":
-        operand, prepared = permute(x, "16"), True
-    if hopper:
-        _run_hopper(chosen, operand, prepared, data, scales, row_scale, out, fold, token_scale, bias)
+        operand, token_scale = quantize_fp8(x, "fp8" if wgmma else "natural")
+    elif activation != "none":
+        codes, sf, token_scale = quantize_nvfp4(x, activation, input_scale)
+        operand = decode(codes, sf, x.dtype, "16" if wgmma else "natural")
+    elif wgmma:
+        operand = permute(x, "16")
+    if wgmma:
+        _launch_wgmma(chosen, operand, data, scales, row_scale, out, fold, token_scale, bias)
+    elif chosen.kernel == "few":
+        _launch_few(chosen.parameters, operand, data, scales, row_scale, out, token_scale, bias)
     elif chosen.kernel == "widen":
         assert fold is not None
         assert token_scale is not None
         wide, columns = widen_fp8(data, scales, fold, row_scale)
-        result = torch._scaled_mm(
-            operand, wide.t(), scale_a=token_scale[:, None], scale_b=columns, out_dtype=out.dtype, use_fast_accum=True
-        )
-        if bias is not None:
-            result += bias
-        return result
+        return torch._scaled_mm(
+            operand, wide.t(), scale_a=token_scale[:, None], scale_b=columns, bias=bias, out_dtype=out.dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
     else:
         gemm_portable.run(
             operand, data, scales, row_scale, out, fp8_fold=fold, token_scale=token_scale, bias=bias
@@ -349,6 +373,13 @@ def run(
     return out
 
 
-@functools.cache
-def _inverse_base(device: torch.device) -> torch.Tensor:
-    return torch.full((1,), INVERSE_BASE, dtype=torch.float32, device=device)
+def quantize_nvfp4(
+    x: torch.Tensor, activation: str, input_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x to W4A4 codes, linear scales and the scale of each row, fp32 [M]."""
+    if activation == "nvfp4_per_token":
+        base = torch.full((1,), INVERSE_BASE, dtype=torch.float32, device=x.device)
+        return quantize(x, base, layout=SfLayout.layout_linear, per_token=True)
+    assert input_scale is not None  # api.py refuses this mode without one
+    codes, sf, _ = quantize(x, 1.0 / input_scale.reshape(1), layout=SfLayout.layout_linear)
+    return codes, sf, input_scale.reshape(1).expand(x.shape[0]).contiguous()

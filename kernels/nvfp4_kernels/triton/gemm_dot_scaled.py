@@ -1,0 +1,85 @@
+"""The GEMM on Blackwell's FP4 tensor cores: Triton's `dot_scaled` over e2m1 codes and e4m3 scales of both operands.
+
+W4A4 on SM100 (tcgen05) and SM120 (mma.sync with block scales). Triton lowers it to the instructions of kind mxf4nvf4; what
+the PTX holds is tested by compiling. The other modes go to the portable GEMM.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import SfLayout
+from ..reference.linear import INVERSE_BASE
+from .quantize import quantize
+
+
+def problem(mode: str, n: int, k: int) -> str | None:
+    """What keeps a mode and shape from this GEMM; None if nothing does."""
+    if not mode.startswith("nvfp4"):
+        return f"{mode} has no FP4 activations for Blackwell's FP4 tensor cores"
+    if k % 128:
+        return f"K = {k} is no multiple of 128, the step of the FP4 tensor cores' GEMM"
+    return None
+
+
+@triton.jit(do_not_specialize=["M", "N", "row_stride", "token_stride"])
+def gemm_dot_scaled(
+    x_ptr, x_scales_ptr, w_ptr, w_scales_ptr, row_ptr, token_ptr, bias_ptr, out_ptr,
+    M, N, K, row_stride, token_stride,
+    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = (x e2m1 * SF) @ (weight e2m1 * SF)^T, times token and row scales, plus bias. Scales e4m3, linear."""
+    m_tiles = tl.cdiv(M, BM)
+    pid = tl.program_id(0)
+    m = pid % m_tiles * BM + tl.arange(0, BM)
+    n = pid // m_tiles * BN + tl.arange(0, BN)
+    # Rows past the end read the last row; what comes of them is not stored.
+    m_rows = tl.minimum(m, M - 1).to(tl.int64)[:, None]
+    n_rows = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    half = tl.arange(0, BK // 2)
+    group = tl.arange(0, BK // 16)
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        x = tl.load(x_ptr + m_rows * (K // 2) + k0 // 2 + half[None, :])
+        w = tl.load(w_ptr + n_rows * (K // 2) + k0 // 2 + half[None, :])
+        x_scales = tl.load(x_scales_ptr + m_rows * (K // 16) + k0 // 16 + group[None, :])
+        w_scales = tl.load(w_scales_ptr + n_rows * (K // 16) + k0 // 16 + group[None, :])
+        acc = tl.dot_scaled(x, x_scales, "e2m1", tl.trans(w), w_scales, "e2m1", acc)
+    row = tl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
+    token = tl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)
+    result = acc * token[:, None] * row[None, :]
+    if BIAS:
+        result += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    out = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def run(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    out: torch.Tensor,
+    activation: str,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Quantize x [M, K] and launch into out [M, N]."""
+    m, k = x.shape
+    n = data.shape[0]
+    if activation == "nvfp4_per_token":
+        base = torch.full((1,), INVERSE_BASE, dtype=torch.float32, device=x.device)
+        codes, sf, token = quantize(x, base, layout=SfLayout.layout_linear, per_token=True)
+    else:
+        assert input_scale is not None  # api.py refuses this mode without one
+        token = input_scale.reshape(1)
+        codes, sf, _ = quantize(x, 1.0 / token, layout=SfLayout.layout_linear)
+    bn, bk = 128, 128 if k % 256 else 256
+    gemm_dot_scaled[(triton.cdiv(m, 128) * triton.cdiv(n, bn),)](
+        codes, sf.view(torch.float8_e4m3fn), data, scales, row_scale, token, bias, out,
+        m, n, k, 1 if row_scale.numel() > 1 else 0, 1 if token.numel() > 1 else 0,
+        BIAS=bias is not None, BM=128, BN=bn, BK=bk, num_warps=8 if bk == 256 else 4, num_stages=3,
+    )  # fmt: skip
+    return out

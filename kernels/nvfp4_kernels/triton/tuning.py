@@ -1,0 +1,172 @@
+"""Measures which GEMM and tile serve a dense layer best on a device, for the tables that linear.py reads."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from . import linear
+from .linear import Plan
+
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+"""The M that tables hold. A call takes the first of them that is no smaller than its own M."""
+MODES = ("none", "fp8_per_token")
+"""What is measured. The W4A4 modes run the GEMM of "none" over decoded activations."""
+
+Call = Callable[[], object]
+Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_SHARED_BYTES = 225 * 1024
+_DECODE_TILES = ((4, 3, 4), (4, 4, 3), (4, 3, 3), (4, 4, 2), (4, 3, 2), (8, 4, 2), (8, 3, 2), (8, 6, 1), (8, 4, 1))
+
+
+def _decode_tiles(bm: int, x_bytes: int) -> list[dict[str, int]]:
+    """The (warps, stages, resident blocks) of the decode GEMM that fit, at most three: the most resident blocks first."""
+    fitting = [
+        {"bm": bm, "warps": warps, "stages": stages, "resident": resident}
+        for warps, stages, resident in _DECODE_TILES
+        if resident * stages * (16 * warps * 144 + bm * 256 * x_bytes) <= _SHARED_BYTES
+    ]
+    return fitting[:3]
+
+
+def _splits(stages: int, tiles: int, blocks: int) -> list[int]:
+    """Splits of K worth a try: those around blocks / tiles."""
+    divisors = [d for d in range(1, min(stages // 2, 16) + 1) if stages % d == 0] or [1]
+    wanted = blocks / tiles
+    below = [d for d in divisors if d <= wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return (below or [1]) + [d for d in above if d <= 2 * wanted]
+
+
+def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
+    """The plans to measure for x [m, k] under "none" or "fp8_per_token" and a weight [n, k] on Hopper."""
+    fp8 = mode == "fp8_per_token"
+    stages = k // 256
+    plans = []
+    if m <= 2 and not fp8:
+        for warps in (2, 4):
+            for split in _splits(stages, triton.cdiv(n, 16 * warps), processors * 16 // warps):
+                plans.append(Plan("few", {"warps": warps, "split": split}))
+    if 2 < m <= 64 or (fp8 and m <= 64):
+        for tile in _decode_tiles(max(8, triton.next_power_of_2(m)), 1 if fp8 else 2):
+            for split in _splits(stages, triton.cdiv(n, 16 * tile["warps"]), processors * tile["resident"]):
+                plans.append(Plan("decode", {**tile, "split": split}))
+    if m >= 64:
+        for bm in (128, 256):
+            if (bm == 256 and m <= 128) or (bm == 128 and m > 1024):
+                continue
+            tiles = triton.cdiv(n, 128) * triton.cdiv(m, bm)
+            for split in [1] if tiles > processors else _splits(stages, tiles, processors):
+                tile = {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split}
+                plans.append(Plan("large", tile))
+    if fp8 and m >= 1024 and n % 16 == 0:
+        plans.append(Plan("widen"))
+    return plans
+
+
+def operands(n: int, k: int, device: torch.device) -> Weight:
+    """A random weight [n, k]: codes, scales, FP8 fold."""
+    from ..weight import fp8_fold
+
+    data = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    scales = (torch.rand(n, k // 16, device=device) * 200 + 1).to(torch.float8_e4m3fn)
+    return data, scales, fp8_fold(scales)
+
+
+def calls(plan: Plan, mode: str, m: int, weights: Sequence[Weight]) -> list[Call]:
+    """The whole layer by `plan` over each of the weights."""
+    device, n, k = weights[0][0].device, weights[0][0].shape[0], weights[0][0].shape[1] * 2
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+    row_scale = torch.ones(1, device=device)
+    out = torch.empty(m, n, dtype=x.dtype, device=device)
+
+    def call(data: torch.Tensor, scales: torch.Tensor, fold: torch.Tensor) -> Call:
+        return lambda: linear.run(plan, x, data, scales, row_scale, out, mode, fold, None, None)
+
+    return [call(*weight) for weight in weights]
+
+
+def _variant(job: tuple[Plan, str, int]) -> tuple[Any, ...]:
+    """What makes kernels differ: not the shape and not the number of splits."""
+    plan, mode, _ = job
+    return (mode, plan.kernel, *((key, value > 1 if key == "split" else value) for key, value in plan.parameters.items()))
+
+
+def _compile(job: tuple[Plan, str, int, int]) -> str | None:
+    plan, mode, m, index = job
+    device = torch.device("cuda", index)
+    split = plan.parameters.get("split", 1)
+    try:
+        for call in calls(plan, mode, m, [operands(256, 512 * split, device)]):
+            call()
+        torch.cuda.synchronize(device)
+    except Exception as error:  # a worker reports what it cannot build, the others go on
+        return f"{plan.kernel} {plan.parameters}: {type(error).__name__}: {error}"
+    return None
+
+
+def compile_all(jobs: Iterable[tuple[Plan, str, int]], device: torch.device) -> list[str]:
+    """Compile the kernels of all plans into Triton's cache, in parallel processes; returns what failed."""
+    distinct = {_variant(job): (*job, device.index or 0) for job in jobs}
+    processes = min(14, os.cpu_count() or 1, len(distinct))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return [message for message in pool.imap_unordered(_compile, distinct.values()) if message]
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    time_calls: Callable[[list[Call]], float],
+    *,
+    copies_of: Callable[[int], int],
+    log: Callable[[str], None] = print,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Measure all plans for each (N, K) and return their table: {"device", "linear": {mode: {NxK: {M: plan}}}, "us": times}.
+
+    Under "auto" the table holds the first M at which fp8_per_token is the faster. time_calls: median seconds of one of a
+    list of calls; copies_of(bytes): how many weights of that size to rotate; compiled: the cache holds all kernels.
+    """
+    name = torch.cuda.get_device_name(device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if not compiled:
+        for message in compile_all(jobs_of(shapes, processors), device):
+            log(message)
+    table: dict[str, Any] = {mode: {} for mode in (*MODES, "auto")}
+    times: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in MODES}
+    for n, k in shapes:
+        shape = f"{n}x{k}"
+        weights = [operands(n, k, device) for _ in range(copies_of(n * k * 9 // 16))]
+        for mode, m in itertools.product(MODES, ROWS):
+            measured = []
+            for plan in candidates(mode, m, n, k, processors):
+                try:
+                    measured.append((time_calls(calls(plan, mode, m, weights)), plan))
+                except Exception as error:  # a plan that does not run is left out, and said
+                    log(f"{shape} M={m} {mode} {plan.kernel} {plan.parameters}: {type(error).__name__}: {error}")
+            if measured:
+                seconds, best = min(measured, key=lambda pair: pair[0])
+                table[mode].setdefault(shape, {})[str(m)] = {"kernel": best.kernel, **best.parameters}
+                times[mode].setdefault(shape, {})[str(m)] = round(seconds * 1e6, 2)
+        table["auto"][shape] = _first_fp8(times["none"].get(shape, {}), times["fp8_per_token"].get(shape, {}))
+        log(f"{shape}: {({mode: times[mode].get(shape) for mode in MODES})}, fp8 from M = {table['auto'][shape]}")
+    return {"device": name, "linear": table, "us": times}
+
+
+def jobs_of(shapes: Sequence[tuple[int, int]], processors: int) -> list[tuple[Plan, str, int]]:
+    """(plan, mode, M) of everything that `tune` measures."""
+    points = itertools.product(shapes, MODES, ROWS)
+    return [(plan, mode, m) for (n, k), mode, m in points for plan in candidates(mode, m, n, k, processors)]
+
+
+def _first_fp8(none: dict[str, float], fp8: dict[str, float]) -> int:
+    """The smallest M from which fp8_per_token is the faster at every M that was measured."""
+    rows = [m for m in ROWS if str(m) in none and str(m) in fp8]
+    slower = [m for m in rows if fp8[str(m)] >= none[str(m)]]
+    return slower[-1] + 1 if slower else 1

@@ -1,0 +1,208 @@
+"""The dense layer's GEMMs on a real GPU, against float64 over the same quantized operands."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nvfp4_kernels import nvfp4_linear
+from nvfp4_kernels.formats import SfLayout
+from nvfp4_kernels.reference.linear import INVERSE_BASE, quantize_fp8_per_token, weight_operand
+from nvfp4_kernels.reference.quantize import dequantize, quantize
+from nvfp4_kernels.triton import linear as gpu
+from nvfp4_kernels.triton.activation import permute, quantize_fp8
+from nvfp4_kernels.triton.widen import widen_fp8
+from nvfp4_kernels.weight import Nvfp4Weight, fp8_fold
+
+pytestmark = pytest.mark.gpu
+
+MODES = ("none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor")
+INPUT_SCALE = 4 / (6 * 448)
+
+
+def arch() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+def weight(n: int, k: int, per_row: bool = False) -> Nvfp4Weight:
+    """Codes and scales of every kind, a block of zeros and a row of zeros among them."""
+    data = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    scales = (torch.rand(n, k // 16) * 40 + 1).to(torch.float8_e4m3fn)
+    scales[n // 2] = 0
+    scales[0, 0] = 0
+    scale = torch.rand(n) * 0.01 + 0.001 if per_row else torch.tensor(0.004)
+    return Nvfp4Weight(data, scales, scale, fp8_fold(scales))
+
+
+def on_gpu(w: Nvfp4Weight) -> Nvfp4Weight:
+    assert w.fp8_fold is not None
+    return Nvfp4Weight(w.data.cuda(), w.scales.cuda(), w.global_scale.cuda(), w.fp8_fold.cuda())
+
+
+def exact(x: torch.Tensor, w: Nvfp4Weight, mode: str, bias: torch.Tensor | None) -> torch.Tensor:
+    """float64 over the operands that the CPU twins quantize: the definition of the layer but for its roundings."""
+    scale: torch.Tensor | float = 1.0
+    if mode == "none":
+        operand = x.double()
+    elif mode == "fp8_per_token":
+        values, token = quantize_fp8_per_token(x)
+        operand, scale = values.double(), token.double()[:, None]
+    else:
+        per_token = mode == "nvfp4_per_token"
+        encode = torch.tensor([INVERSE_BASE]) if per_token else 1 / torch.tensor([INPUT_SCALE])
+        codes, sf, token = quantize(x, encode, layout=SfLayout.layout_linear, per_token=per_token)
+        operand = dequantize(codes, sf, torch.ones(1), layout=SfLayout.layout_linear).double()
+        scale = token.double()[:, None] if per_token else INPUT_SCALE
+    fold = w.fp8_fold if mode == "fp8_per_token" else None
+    product = operand @ weight_operand(w.data, w.scales, fold).double().t()
+    product = product * scale * w.row_scale().double()
+    return product if bias is None else product + bias.double()
+
+
+def check(out: torch.Tensor, want: torch.Tensor, mode: str, k: int) -> None:
+    """`out` is no further from `want` than its own rounding; FP8 tensor cores add their short accumulators' error."""
+    assert out.isfinite().all()
+    norm = want.norm()
+    rounding = ((want.to(out.dtype).double() - want).norm() / norm).item()
+    error = ((out.cpu().double() - want).norm() / norm).item()
+    # Hopper adds FP8 products in accumulators of 14 bits or so: measured 2e-5 * sqrt(K), the same in cuBLAS's fast mode.
+    short = 3e-5 * math.sqrt(k) if mode == "fp8_per_token" else 0.0
+    assert error < math.hypot(1.2 * rounding, short) + 1e-5, (error, rounding, short)
+
+
+SHAPES = [
+    (1, 264, 512),
+    (2, 256, 768),
+    (7, 200, 1024),
+    (16, 1024, 4096),
+    (33, 328, 768),
+    (64, 136, 2048),
+    (100, 136, 512),
+    (129, 1000, 1024),
+    (300, 520, 2048),
+    (1030, 256, 512),
+    (5, 100, 144),
+    (70, 72, 272),
+    (3, 7, 256),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_default_plan(mode: str, m: int, n: int, k: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(m, k).to(dtype) * 0.3
+        w = weight(n, k, per_row=m % 2 == 1)
+        bias = torch.randn(n).to(dtype) if m % 3 else None
+        scale = torch.tensor([INPUT_SCALE], device="cuda")
+        out = nvfp4_linear(
+            x.cuda(), on_gpu(w), activation=mode, input_scale=scale, bias=None if bias is None else bias.cuda()
+        )
+        check(out, exact(x, w, mode, bias), mode, k)
+
+
+def hopper_plans() -> list[tuple[str, int, str, dict[str, int]]]:
+    """(mode, M, kernel, parameters): one of each kind, split and whole."""
+    plans: list[tuple[str, int, str, dict[str, int]]] = []
+    for split in (1, 4):
+        plans += [("none", 2, "few", {"warps": warps, "split": split}) for warps in (2, 8)]
+        for mode in ("none", "fp8_per_token"):
+            for bm, warps in ((8, 4), (64, 8)):
+                tile = {"bm": bm, "warps": warps, "stages": 3, "split": split, "resident": 1}
+                plans.append((mode, bm - 1, "decode", tile))
+            for bm in (128, 256):
+                tile = {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split}
+                plans.append((mode, 2 * bm + 1, "large", tile))
+    return [*plans, ("fp8_per_token", 70, "widen", {})]
+
+
+@pytest.mark.parametrize(("mode", "m", "kernel", "parameters"), hopper_plans())
+def test_every_hopper_gemm(mode: str, m: int, kernel: str, parameters: dict[str, int]) -> None:
+    assert arch() == 90, "these GEMMs are Hopper's"
+    n, k = 400, 2048
+    x, w, bias = torch.randn(m, k).bfloat16(), weight(n, k, per_row=True), torch.randn(n).bfloat16()
+    g = on_gpu(w)
+    outs = []
+    for _ in range(2):
+        out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+        plan = gpu.Plan(kernel, parameters)
+        outs.append(
+            gpu.run(plan, x.cuda(), g.data, g.scales, g.row_scale(), out, mode, g.fp8_fold, None, bias.cuda())
+        )
+    check(outs[0], exact(x, w, mode, bias), mode, k)
+    assert torch.equal(outs[0], outs[1])  # split-K adds up in a fixed order
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [144, 256, 4096, 14336])
+def test_quantize_fp8_bits(dtype: torch.dtype, k: int) -> None:
+    x = (torch.randn(37, k) * torch.logspace(-6, 3, 37)[:, None]).to(dtype)
+    x[3] = 0
+    x[5, 7] = -0.0
+    if dtype == torch.bfloat16:
+        x[6] = x[6] * 1e-38
+        x[7] = x[7] * 1e30
+    want, want_scale = quantize_fp8_per_token(x)
+    got, scale = quantize_fp8(x.cuda(), "natural")
+    assert torch.equal(got.cpu().float(), want.float())
+    assert torch.equal(scale.cpu(), want_scale)
+    if k % 256 == 0:
+        permuted, _ = quantize_fp8(x.cuda(), "fp8")
+        order = torch.arange(k).view(-1, 4, 4, 2, 4).permute(0, 2, 3, 1, 4).reshape(-1)
+        assert torch.equal(permuted.float().cpu(), want.float()[:, order])
+
+
+def test_permute() -> None:
+    x = torch.randn(5, 512, dtype=torch.bfloat16)
+    order = torch.arange(512).view(-1, 4, 4, 2, 2, 2).permute(0, 2, 4, 5, 1, 3).reshape(-1)
+    assert torch.equal(permute(x.cuda(), "16").cpu(), x[:, order])
+
+
+def test_widen_bits() -> None:
+    w = weight(300, 4096)
+    g = on_gpu(w)
+    wide, columns = widen_fp8(g.data, g.scales, g.fp8_fold, g.row_scale())
+    want = (weight_operand(w.data, w.scales, None) / w.fp8_fold[:, None]).to(torch.float8_e4m3fn)
+    assert torch.equal(wide.cpu().view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(columns.cpu()[0], w.fp8_fold * w.row_scale())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_cuda_graph(mode: str, m: int) -> None:
+    w = on_gpu(weight(512, 1024))
+    scale = torch.tensor([INPUT_SCALE], device="cuda")
+    x = torch.randn(m, 1024, dtype=torch.bfloat16, device="cuda")
+
+    def run() -> torch.Tensor:
+        return nvfp4_linear(x, w, activation=mode, input_scale=scale)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, run())
+
+
+def test_empty_and_strided() -> None:
+    w = on_gpu(weight(256, 512))
+    assert nvfp4_linear(torch.empty(0, 512, dtype=torch.bfloat16, device="cuda"), w).shape == (0, 256)
+    wide = torch.randn(9, 1000, dtype=torch.bfloat16, device="cuda")
+    for x in (wide[:, :512], wide[:, 3:515], wide[:, :512].t().contiguous().t()):
+        assert torch.equal(nvfp4_linear(x, w), nvfp4_linear(x.contiguous(), w))
+
+
+def test_float32_is_refused() -> None:
+    with pytest.raises(TypeError, match="float16 and bfloat16"):
+        nvfp4_linear(torch.randn(2, 512, device="cuda"), on_gpu(weight(64, 512)))
