@@ -47,14 +47,14 @@ def test_every_example_is_run_here():
         "moe_layer.py",
         "offline_inference.py",
         "openai_client.py",
+        "sglang_offline_inference.py",
     }
 
 
 def test_kernels():
     output = run(str(EXAMPLES / "kernels.py"))
-    per_token, per_tensor = (
-        float(re.search(rf"{kind}: +the quiet tokens keep ([\d.]+) dB", output)[1]) for kind in ("per token", "per tensor")
-    )
+    per_token = float(re.search(r"per token: +the quiet tokens keep ([\d.]+) dB", output)[1])
+    per_tensor = float(re.search(r"per tensor: +the quiet tokens keep ([\d.]+) dB", output)[1])
     assert per_token > per_tensor + 1
     errors = [float(value) for value in re.findall(r"activation \w+ +([\d.]+) dB", output)]
     assert len(errors) == 3
@@ -69,9 +69,15 @@ def test_moe_layer():
     assert 0 < errors[0] < errors[1] < errors[2] < 0.3
 
 
-@pytest.mark.vllm
-def test_offline_inference(model):
-    output = run(str(EXAMPLES / "offline_inference.py"), str(model))
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param("offline_inference.py", marks=pytest.mark.vllm),
+        pytest.param("sglang_offline_inference.py", marks=pytest.mark.sglang),
+    ],
+)
+def test_offline_inference(model, file):
+    output = run(str(EXAMPLES / file), str(model))
     answers = re.findall(r"^answer: (.*)", output, re.MULTILINE)
     assert len(answers) == 2
     assert "Paris" in answers[0]
