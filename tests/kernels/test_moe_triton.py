@@ -104,7 +104,7 @@ def test_chunks_of_tokens_equal_the_whole(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_wide_dtype_is_refused(dtype):
     arguments = layer("none", 2, 64, 32)
-    with pytest.raises(TypeError, match="x: got torch.float"):
+    with pytest.raises(TypeError, match=r"x: got torch\.float"):
         kernels.fused_moe(
             torch.zeros(1, 64, dtype=dtype), topk_weights=torch.ones(1, 1), topk_ids=torch.zeros(1, 1).int(), **arguments
         )

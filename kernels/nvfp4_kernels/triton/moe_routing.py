@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ..reference.moe_routing import Routing, max_tiles
 from .numerics import arch_of
 
+_STEP = 128  # slots ranked at once, by comparing each with each
 _ONE_LAUNCH = 1024  # slots up to which every program counts them all
 _MAX_CHUNKS = 128
 _TILES = 16  # of the tile map, a program and round
@@ -67,8 +68,9 @@ def place_kernel(
     else:
         total = tl.zeros([BINS], tl.int32)
         before = tl.zeros([BINS], tl.int32)
-        for start in range(0, chunks, 32):
-            other = start + tl.arange(0, 32)[:, None]
+        AT_ONCE: tl.constexpr = 8192 // BINS  # what the registers hold
+        for start in range(0, chunks, AT_ONCE):
+            other = start + tl.arange(0, AT_ONCE)[:, None]
             part = tl.load(counts + other * BINS + bins[None, :], mask=other < chunks, other=0)
             total += tl.sum(part, axis=0)
             before += tl.sum(tl.where(other < program, part, 0), axis=0)
@@ -122,14 +124,12 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         return result
     topk_ids = topk_ids.contiguous()
     bins = max(16, triton.next_power_of_2(experts + 1))
-    # STEP slots are ranked at once, by comparing each with each; a second round costs more than a wider one.
-    step = 128 if slots <= _ONE_LAUNCH else 256
-    shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": step, "num_warps": step // 32}
+    shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": _STEP, "num_warps": 4 if slots <= _ONE_LAUNCH else 8}
     global_experts = 0 if expert_map is None else expert_map.numel()
     if slots <= _ONE_LAUNCH:
-        chunk, counts = step, None
+        chunk, counts = _STEP, None
     else:
-        chunk = triton.cdiv(triton.cdiv(slots, _MAX_CHUNKS), step) * step
+        chunk = triton.cdiv(triton.cdiv(slots, _MAX_CHUNKS), _STEP) * _STEP
     chunks = triton.cdiv(slots, chunk)
     if slots > _ONE_LAUNCH:
         counts = topk_ids.new_empty((chunks, bins), dtype=torch.int32)
@@ -147,7 +147,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         tiles,
         TOP_K=top_k,
         BLOCK_M=block_m,
-        ALL_SLOTS=0 if counts is not None else max(step, triton.next_power_of_2(slots)),
+        ALL_SLOTS=0 if counts is not None else max(_STEP, triton.next_power_of_2(slots)),
         TILES=_TILES,
         PDL=arch_of(topk_ids.device) >= 90,
         **shared,

@@ -1,0 +1,208 @@
+"""Compiles the MoE kernels for GPUs that are not there; writes what it made as JSON (see `test_moe_compile.py`)."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton.backends.nvidia
+from compile_rows import Row, compile_row
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile as triton_compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from nvfp4_kernels.triton import moe_gemm_hopper
+
+_GEMM_TYPES = {
+    "x": "*bf16",
+    "row_of": "*i32",
+    "data": "*u8",
+    "scales": "*u8",
+    "row_scale": "*fp32",
+    "tile_to_expert": "*i32",
+    "out": "*bf16",
+    **dict.fromkeys(("x_stride", "N", "K", "n_blocks", "row_scale_expert", "row_scale_row", "input_scale_expert"), "i32"),
+}
+_ALIGNED = ("x", "data", "scales", "out", "x_stride", "N", "K")
+
+
+def _gemm(name: str, types: dict[str, str], block_m: int, fold: bool, act: int = 2) -> Row:
+    constants = {
+        "GATHER": True,
+        "ACT": act,
+        "ACT_FN": "silu",
+        "INTERLEAVED": False,
+        "EVEN_K": True,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 64 if block_m == 128 else 128,
+        "BLOCK_K": 64 if block_m >= 64 else 128,
+        "x_scale": None,
+        "input_scale": None,
+        "bias": None,
+    }
+    if not fold:
+        constants["fold"] = None
+    else:
+        types = types | {"fold": "*fp32"}
+    warps = 8 if block_m == 128 else 4
+    return Row(name, "moe_gemm:grouped_gemm_kernel", _GEMM_TYPES | types, constants, _ALIGNED, warps)
+
+
+def _operand(name: str, mode: str, out: str, **constants: Any) -> Row:
+    types = {
+        "x": "*bf16",
+        "index": "*i32",
+        "topk_weights": "*fp32",
+        "input_scale": "*fp32",
+        "tile_to_expert": "*i32",
+        "out": out,
+        "out_scale": "*fp32",
+        **dict.fromkeys(("x_stride", "K", "block_m"), "i32"),
+    }
+    defaults = {
+        "MODE": mode,
+        "SCATTER": True,
+        "TOP_K": 8,
+        "COPIES": 8,
+        "WEIGHTED": False,
+        "PER_EXPERT": False,
+        "REORDER": False,
+        "BLOCK": 2048,
+    }
+    return Row(name, "moe_operand:operand_kernel", types, defaults | constants, ("x", "out", "x_stride", "K"))
+
+
+def _place(name: str, bins: int, all_slots: int, arch: int) -> Row:
+    pointers = ("ids", "expert_map", "expanded_to_permuted", "permuted_to_token", "expert_offsets", "tile_to_expert")
+    types = dict.fromkeys(pointers, "*i32")
+    types |= dict.fromkeys(("slots", "chunk", "chunks", "experts", "global_experts", "tiles"), "i32")
+    constants: dict[str, Any] = {
+        "TOP_K": 8,
+        "BLOCK_M": 16,
+        "ALL_SLOTS": all_slots,
+        "HAS_MAP": True,
+        "BINS": bins,
+        "STEP": 128,
+        "TILES": 16,
+        "PDL": arch >= 90,
+    }
+    if all_slots:
+        constants["counts"] = None
+    else:
+        types["counts"] = "*i32"
+    return Row(name, "moe_routing:place_kernel", types, constants, pointers, 4 if all_slots else 8)
+
+
+def rows(arch: int) -> list[Row]:
+    fp8 = arch >= 89
+    e4m3 = {"x": "*fp8e4nv"} if fp8 else {}
+    return [
+        _gemm("gemm none 16", {}, 16, False),
+        _gemm("gemm none 128", {}, 128, False, act=0),
+        _gemm("gemm fp8 128", e4m3, 128, True),
+        _operand("operand nvfp4", "nvfp4_per_token", "*bf16"),
+        _operand("operand fp8", "fp8_per_token", "*u8" if fp8 else "*bf16", REORDER=fp8),
+        _operand("operand per expert", "nvfp4_per_tensor", "*bf16", COPIES=1, WEIGHTED=True, PER_EXPERT=True, BLOCK=8192),
+        _place("route few", 256, 512, arch),
+        _place("route many", 1024, 0, arch),
+        Row(
+            "count",
+            "moe_routing:count_kernel",
+            {"ids": "*i64", "counts": "*i32", **dict.fromkeys(("slots", "chunk", "experts", "global_experts"), "i32")},
+            {"expert_map": None, "HAS_MAP": False, "BINS": 512, "STEP": 128},
+            ("ids", "counts"),
+            8,
+        ),
+        Row(
+            "combine",
+            "moe_combine:combine_kernel",
+            {"y": "*bf16", "index": "*i32", "topk_weights": "*fp32", "out": "*bf16", "hidden": "i32"},
+            {"TOP_K": 8, "WEIGHTED": True, "BLOCK": 1024, "PDL": arch >= 90},
+            ("y", "out", "hidden"),
+        ),
+    ]
+
+
+def resource_usage(compiled: Any) -> dict[str, int]:
+    """Registers of a thread, bytes of stack and local memory of a finished binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def compile_hopper(block_m: int, x: str, act: int, operand_order: bool) -> dict[str, Any]:
+    """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"."""
+    fp8 = x == "fp8e4nv"
+    warps, weight_stages, x_stages = moe_gemm_hopper.tiling(block_m, fp8)
+    small = block_m <= moe_gemm_hopper._DECODE_ROWS
+    kernel = moe_gemm_hopper.grouped_gemm_decode_kernel if small else moe_gemm_hopper.grouped_gemm_kernel
+
+    def descriptor(kind: str, box: list[int], element: Any) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for(box, element)
+        return f"tensordesc<{kind}[{box[0]}, {box[1]}],{layout!r}>"
+
+    constants: dict[str, Any] = {
+        "BM": block_m,
+        "WARPS": warps,
+        "ACT": act,
+        "ACT_FN": "silu" if act == 2 else "relu2_no_mul",
+        "OPERAND_ORDER": operand_order,
+        "input_scale_ptr": None,
+    }
+    constants |= {"STAGES": weight_stages} if small else {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}
+    if not fp8:
+        constants |= {"fold_ptr": None, "token_ptr": None}
+    element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[x]
+    out = "fp16" if x == "fp16" else "bf16"
+    types = {
+        "w_desc": descriptor("i32", [8 * warps, 16], gl.int32),
+        "s_desc": descriptor("i16", [8 * warps, 8], gl.int16),
+        "x_desc": descriptor(x, [block_m, 128 if fp8 else 64], element),
+        "out_ptr": f"*{out}",
+        "bias_ptr": f"*{out}",
+        **dict.fromkeys(("fold_ptr", "row_ptr", "token_ptr"), "*fp32"),
+        **dict.fromkeys(("tile_to_expert", "offsets"), "*i32"),
+    }
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = ("out_ptr", "fold_ptr", "row_ptr", "token_ptr", "bias_ptr", "N")
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
+    return {
+        "name": f"hopper {block_m} {x} {act}",
+        "arch": 90,
+        "ptx": compiled.asm["ptx"],
+        "shared": compiled.metadata.shared,
+        "warps": warps,
+        **resource_usage(compiled),
+    }
+
+
+HOPPER = [
+    (16, "bf16", 2, True),
+    (16, "fp8e4nv", 2, False),
+    (32, "fp16", 0, False),
+    (32, "fp8e4nv", 0, False),
+    (64, "fp8e4nv", 2, False),
+    (64, "bf16", 1, True),
+    (128, "fp8e4nv", 2, False),
+    (128, "fp8e4nv", 0, False),
+    (128, "bf16", 2, True),
+]
+ARCHS = (80, 89, 90, 120)
+
+if __name__ == "__main__":
+    made = [compile_row(row, arch) for arch in ARCHS for row in rows(arch)]
+    made += [compile_hopper(*one) for one in HOPPER]
+    json.dump(made, sys.stdout)

@@ -1,0 +1,69 @@
+"""Compile-only checks of the MoE kernels: which instructions they become on GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """Every kernel for every architecture; in a process of its own, because tests beside this one run the interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("compile_moe.py")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def of(compiled: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    chosen = [one for one in compiled if one["name"].startswith(name)]
+    assert chosen
+    return chosen
+
+
+def test_no_local_memory(compiled):
+    for one in compiled:
+        assert (one["STACK"], one["LOCAL"]) == (0, 0), (one["name"], one["arch"])
+
+
+def test_portable_gemms_run_on_tensor_cores(compiled):
+    for one in of(compiled, "gemm"):
+        assert "mma" in one["ptx"], (one["name"], one["arch"])
+    for one in of(compiled, "gemm fp8"):
+        # e4m3 operands where tensor cores take them, 16-bit ones below.
+        assert ("e4m3" in one["ptx"]) == (one["arch"] >= 89)
+
+
+def test_launches_overlap_from_hopper_on(compiled):
+    for name in ("operand", "combine"):
+        for one in of(compiled, name):
+            assert ("griddepcontrol.wait" in one["ptx"]) == (one["arch"] >= 90)
+    for one in of(compiled, "hopper"):
+        assert one["ptx"].count("griddepcontrol.wait") >= 1
+
+
+def test_hopper_decodes_without_shuffles(compiled):
+    for one in of(compiled, "hopper"):
+        ptx = one["ptx"]
+        assert "wgmma.mma_async" in ptx
+        assert "shfl" not in ptx
+        if "fp8" in one["name"]:
+            assert "wgmma.mma_async.sync.aligned.m64" in ptx
+            assert ".e4m3.e4m3" in ptx
+        # The decoded weights go into the product from registers: what is stored to shared memory is the epilogue's.
+        assert ptx.count("st.shared") <= 8, one["name"]
+
+
+def test_two_blocks_of_the_hopper_kernel_share_a_multiprocessor(compiled):
+    for one in of(compiled, "hopper"):
+        assert 2 * one["shared"] <= 227 * 1024, one["name"]
+        assert 2 * one["REG"] * one["warps"] * 32 <= 65536, one["name"]
