@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from nvfp4_plugin.cli.bench_linear import linear
+from nvfp4_plugin.cli.bench_moe import moe
 from nvfp4_plugin.cli.bench_quantize import quantize
 
 app = typer.Typer(help="Time the kernels beside their peers on this device.", no_args_is_help=True)
 app.command()(quantize)
 app.command()(linear)
+app.command()(moe)

@@ -124,7 +124,7 @@ def fused_moe(
             bias=_of_expert(w2_bias, expert),
         )
         outputs[expanded] = y.to(torch.float32)
-    outputs = outputs.view(m, top_k, -1)
+    outputs = outputs.view(m, top_k, w2_data.shape[1])
     result = torch.zeros(m, outputs.shape[-1], dtype=torch.float32, device=x.device)
     for slot in range(top_k):
         term = outputs[:, slot]
