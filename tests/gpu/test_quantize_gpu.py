@@ -176,13 +176,17 @@ def test_weight_searches(search: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_fast_numerics_differ_in_few_codes(per_token: bool):
+    """The hardware's reciprocals against IEEE ones in the same formulas (the twin's), and against the strict formulas."""
     x = torch.randn(4096, 4096, device="cuda").bfloat16()
     g = base() if per_token else 448 * 6 / x.abs().amax().float().reshape(1)
     fast = kernels.quantize(x, g, layout=2, per_token=per_token, fast=True)
-    strict = kernels.quantize(x, g, layout=2, per_token=per_token)
-    assert (fast[0] != strict[0]).float().mean() < 2e-3
-    assert (fast[1] != strict[1]).float().mean() < 1e-4
-    torch.testing.assert_close(fast[2], strict[2], rtol=1e-6, atol=0)
+    for other in (
+        reference.quantize(x, g, layout=2, per_token=per_token, fast=True),
+        reference.quantize(x, g, layout=2, per_token=per_token),
+    ):
+        assert (fast[0] != other[0]).float().mean() < 5e-3
+        assert (fast[1] != other[1]).float().mean() < 5e-3
+        torch.testing.assert_close(fast[2], other[2], rtol=1e-6, atol=0)
     zeros = kernels.quantize(torch.zeros(3, 64, device="cuda").bfloat16(), g, layout=0, per_token=per_token, fast=True)
     assert [int(t.count_nonzero()) for t in zeros] == [0, 0, 0]
 

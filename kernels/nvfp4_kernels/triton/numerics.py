@@ -197,11 +197,15 @@ def clamp_finite(x):
 # e4m3 block scales
 
 
+_E4M3_PTX = tl.constexpr("{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1; cvt.u32.u16 $0, pair; }")
+
+
 @triton.jit
 def e4m3_encode(x, ARCH: tl.constexpr):
     """fp32 to e4m3 codes in int32: to nearest even, saturating at 448; NaN is 0x7F."""
     if ARCH >= 89:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+        # Not x.to(tl.float8e4nv): that packs two values, and the ptxas of Triton 3.6 takes such a pair apart before it is made.
+        return tl.inline_asm_elementwise(_E4M3_PTX, "=r,f", [x], tl.int32, is_pure=True, pack=1)
     else:
         return _e4m3_encode_portable(x)
 

@@ -307,9 +307,9 @@ def tile(rows: int, blocks: int, per_token: bool, silu: bool) -> Tile:
     """The tile for `rows` rows of `blocks` blocks, as measured on an H100 (docs/kernel-notes.md)."""
     width = triton.next_power_of_2(blocks)
     if not per_token:
-        # One block of 16 a thread for silu, two without.
+        # One block of 16 a thread for silu and for few rows, else two.
         width = min(width, 128)
-        return Tile(max(1, 128 // width), width, 1, 4 if silu else 2)
+        return Tile(max(1, 128 // width), width, 1, 4 if silu or rows <= _FEW_ROWS else 2)
     if width > _MAX_BLOCKS:
         return Tile(1, 512, 0, 16 if silu else 8)
     if rows <= _FEW_ROWS and width >= 256 and not silu:
