@@ -203,6 +203,13 @@ def test_empty_and_strided() -> None:
         assert torch.equal(nvfp4_linear(x, w), nvfp4_linear(x.contiguous(), w))
 
 
+def test_bias_of_another_dtype() -> None:
+    m, n, k = 4096, 256, 512
+    x, w, bias = torch.randn(m, k).bfloat16(), weight(n, k), torch.randn(n)
+    out = nvfp4_linear(x.cuda(), on_gpu(w), activation="fp8_per_token", bias=bias.cuda())
+    check(out, exact(x, w, "fp8_per_token", bias), "fp8_per_token", k)
+
+
 def test_float32_is_refused() -> None:
     with pytest.raises(TypeError, match="float16 and bfloat16"):
         nvfp4_linear(torch.randn(2, 512, device="cuda"), on_gpu(weight(64, 512)))

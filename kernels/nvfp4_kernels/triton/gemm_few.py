@@ -2,7 +2,7 @@
 
 A thread takes 64 consecutive codes of a row, two 16-byte loads of the checkpoint's own bytes, as 16 steps of its operand;
 x is read in the matching order. No barrier, no shuffle, no shared memory: a warp waits for memory alone, and its weights
-come two steps ahead. Split-K adds up in the last block of a tile. See hopper.py for the permutation of K and the decoding.
+come one step ahead. Split-K adds up in the last block of a tile. See hopper.py for the permutation of K and the decoding.
 """
 
 from __future__ import annotations
@@ -81,30 +81,24 @@ def gemm_few(
     every_s = (n_s >= 0)[:, None] & (k_s >= 0)[None, :]
     x_valid = (m_x < M)[:, None] & (k_x >= 0)[None, :]
 
-    # Weights come two steps ahead, in three sets of registers that take turns; a step past the end has weights of zero.
-    w0 = gl.load(w_pointers)
-    s0 = gl.load(s_pointers)
-    w1 = gl.load(w_pointers + 32, mask=every_w & (stages > 1), other=0)
-    s1 = gl.load(s_pointers + 4, mask=every_s & (stages > 1), other=0)
-    w_pointers += 64
-    s_pointers += 8
+    w = gl.load(w_pointers)
+    s = gl.load(s_pointers)
     acc = gl.zeros([BN, BM], gl.float32, ACC)
-    for first in range(0, stages, 3):
-        for turn in gl.static_range(3):
-            ahead = first + turn + 2 < stages
-            w2 = gl.load(w_pointers, mask=every_w & ahead, other=0)
-            s2 = gl.load(s_pointers, mask=every_s & ahead, other=0)
-            x = gl.load(x_pointers, mask=x_valid & (first + turn < stages), other=0.0)
+    # Two steps a turn: their weights alternate, so that no register moves. A step past the end has weights of zero.
+    for first in range(0, stages, 2):
+        for odd in gl.static_range(2):
             w_pointers += 32
             s_pointers += 4
+            more = first + odd + 1 < stages
+            w_next = gl.load(w_pointers, mask=every_w & more, other=0)
+            s_next = gl.load(s_pointers, mask=every_s & more, other=0)
+            x = gl.load(x_pointers, mask=x_valid & (first + odd < stages), other=0.0)
             x_pointers += 256
             b = gl.permute(gl.reshape(x, [BM, 4, 8, 2, 2, 2]), [2, 4, 5, 1, 3, 0])  # m t w h j1 j0 -> w j1 j0 t h m
             b = gl.convert_layout(gl.reshape(b, [256, BM]), X_OPERAND, assert_trivial=True)
-            acc = mma_v2(_decode(w0, s0, BN, OPERAND, FP16), b, acc)
-            w0 = w1
-            s0 = s1
-            w1 = w2
-            s1 = s2
+            acc = mma_v2(_decode(w, s, BN, OPERAND, FP16), b, acc)
+            w = w_next
+            s = s_next
 
     n = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
     m = gl.arange(0, BM, gl.SliceLayout(0, ACC))

@@ -33,6 +33,7 @@ from .quantize import quantize
 from .widen import widen_fp8
 
 _TABLES = Path(__file__).parent.parent / "tables"
+_FALLBACK = "NVIDIA H100 80GB HBM3"
 _TILE_N = 128
 _K_STEP = 256
 
@@ -69,26 +70,31 @@ def shipped_table_path(name: str) -> Path:
 
 
 @functools.cache
-def _table(name: str) -> dict[str, Any]:
-    """The tuning table of a device: the shipped one under what the user measured."""
+def _table(name: str) -> tuple[dict[str, Any], str]:
+    """The tuning table for a Hopper GPU, and where it was measured: what the user measured over what is shipped for the
+    device; for a name without a shipped table the H100's, whose processors are the same."""
+    shipped = shipped_table_path(name)
+    origin = name if shipped.is_file() or user_table_path(name).is_file() else _FALLBACK
     merged: dict[str, Any] = {}
-    for path in (shipped_table_path(name), user_table_path(name)):
+    for path in (shipped if shipped.is_file() else shipped_table_path(_FALLBACK), user_table_path(name)):
         if path.is_file():
             for mode, shapes in json.loads(path.read_text())["linear"].items():
                 merged.setdefault(mode, {}).update(shapes)
-    return merged
+    return merged, origin
 
 
 def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan | None:
-    """What a table says: the entry of the first M there that is no smaller than m, or of the largest."""
-    name, _, _ = _device(device.index or 0)
-    entries = _table(name).get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
+    """What a table says: the entry of the first M there that is no smaller than m nor four times larger, or of the last."""
+    table, origin = _table(_device(device.index or 0)[0])
+    entries = table.get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
     if not entries:
         return None
     rows = sorted(map(int, entries))
     at = next((row for row in rows if row >= m), rows[-1])
+    if at > 4 * m:
+        return None
     parameters = dict(entries[str(at)])
-    return Plan(parameters.pop("kernel"), parameters, f"measured on {name} for {n} x {k} at M = {at}")
+    return Plan(parameters.pop("kernel"), parameters, f"measured on {origin} for {n} x {k} at M = {at}")
 
 
 def hopper_problem(n: int, k: int) -> str | None:
@@ -105,8 +111,9 @@ def split_of(stages: int, tiles: int, blocks: int) -> int:
 
 
 def _rule_few(n: int, k: int, processors: int) -> Plan:
-    split = split_of(k // _K_STEP, triton.cdiv(n, 64), processors * 4)
-    return Plan("few", {"warps": 4, "split": split}, "one or two rows are bound by the weights' bytes")
+    # Measured best with 12 to 16 warps on every processor.
+    split = split_of(k // _K_STEP, triton.cdiv(n, 16), processors * 16)
+    return Plan("few", {"warps": 8 if split > 1 else 2, "split": split}, "one or two rows are bound by the weights' bytes")
 
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
@@ -166,7 +173,7 @@ def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     name, arch, _ = _device(device.index or 0)
     if arch != 90 or hopper_problem(n, k):
         return "none"
-    first = _table(name).get("auto", {}).get(f"{n}x{k}")
+    first = _table(name)[0].get("auto", {}).get(f"{n}x{k}")
     return "fp8_per_token" if m >= (17 if first is None else first) else "none"
 
 
@@ -320,8 +327,11 @@ def linear(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous() if x.stride(1) != 1 or x.stride(0) != k else x.clone()
     data, scales = data.contiguous(), scales.contiguous()
-    return run(plan(x.device, activation, m, n, k, x.dtype), x, data, scales, row_scale, out, activation, fp8_fold,
-               input_scale, bias)  # fmt: skip
+    chosen = plan(x.device, activation, m, n, k, x.dtype)
+    if chosen.kernel == "widen" and bias is not None and bias.dtype != x.dtype:
+        # cuBLAS adds a bias of the output's dtype alone.
+        chosen = _rule_large(m, n, k, _device(x.device.index or 0)[2])
+    return run(chosen, x, data, scales, row_scale, out, activation, fp8_fold, input_scale, bias)
 
 
 def run(

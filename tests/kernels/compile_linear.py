@@ -1,0 +1,124 @@
+"""Compiles the dense layer's kernels for GPUs that are not here and prints what they became, as JSON. A row a variant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from nvfp4_kernels.triton.activation_hopper import quantize_fp8_rows
+from nvfp4_kernels.triton.gemm_decode import gemm_decode
+from nvfp4_kernels.triton.gemm_dot_scaled import gemm_dot_scaled
+from nvfp4_kernels.triton.gemm_few import gemm_few
+from nvfp4_kernels.triton.gemm_large import gemm_large
+from nvfp4_kernels.triton.gemm_portable import gemm_portable
+from nvfp4_kernels.triton.widen import _widen_kernel
+
+TYPES = {"fp8": (gl.float8e4nv, "fp8e4nv"), "bf16": (gl.bfloat16, "bf16"), "fp16": (gl.float16, "fp16")}
+POINTERS = {
+    "fold_ptr": "*fp32",
+    "row_ptr": "*fp32",
+    "token_ptr": "*fp32",
+    "partial_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "column_ptr": "*fp32",
+    "count_ptr": "*i32",
+    "words_ptr": "*i32",
+    "data_ptr": "*u8",
+    "scales_ptr": "*u8",
+}
+
+
+def descriptor(element: Any, name: str, block: list[int], swizzle: int) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element.primitive_bitwidth, rank=2)
+    return f"tensordesc<{name}{block},{layout!r}>"
+
+
+def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int, gluon: bool = True) -> Any:
+    """The kernel compiled for SM`arch`; arguments without a type in `types` are 32-bit integers."""
+    signature = {name: types.get(name, POINTERS.get(name, "i32")) for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in ("K", "x_stride", "w_stride", "stride", "row_words")
+    }
+    source = (GluonASTSource if gluon else ASTSource)(
+        fn=kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+def wgmma_operands(x: str, bn: int, bm: int, columns: int) -> dict[str, str]:
+    element, name = TYPES[x]
+    return {
+        "w_desc": descriptor(gl.int32, "i32", [bn, 16], 64),
+        "s_desc": descriptor(gl.int16, "i16", [bn, 8], 0),
+        "x_desc": descriptor(element, name, [bm, columns], 128),
+        "out_ptr": "*fp16" if x == "fp16" else "*bf16",
+        "bias_ptr": "*bf16",
+    }
+
+
+def rows() -> list[tuple[Any, ...]]:
+    """(name, kernel, types, constants, arch, warps, gluon) of every variant."""
+    made: list[tuple[Any, ...]] = []
+    for x in ("fp8", "bf16", "fp16"):
+        for bm, reduce in ((256, False), (128, True)):
+            types = wgmma_operands(x, 128, bm, 128 if x == "fp8" else 64)
+            constants = {
+                "BM": bm, "WEIGHT_STAGES": 3, "X_STAGES": 4, "GROUP": 8,
+                "TOKEN": x == "fp8", "BIAS": False, "REDUCE": reduce, "BULK_STORE": not reduce,
+            }  # fmt: skip
+            out, name = TYPES["fp16" if x == "fp16" else "bf16"]
+            if reduce:
+                constants["out_desc"] = None
+            else:
+                types["out_desc"] = descriptor(out, name, [bm // 2, 128], 128)
+            made.append((f"large {x} {bm}", gemm_large, types, constants, 90, 8, True))
+    for x in ("fp8", "bf16"):
+        for bm, warps in ((8, 4), (64, 8)):
+            constants = {"BM": bm, "WARPS": warps, "STAGES": 3, "TOKEN": True, "BIAS": True, "REDUCE": True}
+            made.append(
+                (f"decode {x} {bm}", gemm_decode, wgmma_operands(x, 16 * warps, bm, 256), constants, 90, warps, True)
+            )
+    for x in ("bf16", "fp16"):
+        for reduce in (False, True):
+            types = {"w_ptr": "*i32", "s_ptr": "*i32", "x_ptr": f"*{x}", "out_ptr": f"*{x}", "bias_ptr": f"*{x}"}
+            constants = {"WARPS": 4, "TOKEN": False, "BIAS": False, "REDUCE": reduce}
+            made.append((f"few {x} {reduce}", gemm_few, types, constants, 90, 4, True))
+    for permute in (False, True):
+        for whole in (False, True):
+            constants = {"PERMUTE": permute, "BLOCK": 8192, "WHOLE": whole, "WARPS": 8}
+            types = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
+            made.append((f"quantize {permute} {whole}", quantize_fp8_rows, types, constants, 90, 8, True))
+    for arch in (89, 90, 100, 120):
+        constants = {"ROWS": 4, "WORDS": 512}
+        made.append(("widen", _widen_kernel, {"out_ptr": "*i32"}, constants, arch, 4, False))
+    for arch in (80, 86, 89, 90, 100, 120):
+        for fp8 in (False, True):
+            types = {"x_ptr": "*fp8e4nv" if fp8 and arch >= 89 else "*bf16", "out_ptr": "*bf16", "bias_ptr": "*bf16"}
+            constants = {"FP8": fp8, "TOKEN": fp8, "BIAS": True, "BM": 64, "BN": 128, "BK": 64}
+            made.append((f"portable {fp8}", gemm_portable, types, constants, arch, 8, False))
+    types = {
+        "x_ptr": "*u8", "w_ptr": "*u8", "x_scales_ptr": "*fp8e4nv", "w_scales_ptr": "*fp8e4nv",
+        "out_ptr": "*bf16", "bias_ptr": "*bf16",
+    }  # fmt: skip
+    for arch in (100, 120):
+        constants = {"BIAS": False, "BM": 128, "BN": 128, "BK": 256}
+        made.append(("dot_scaled", gemm_dot_scaled, types, constants, arch, 8, False))
+    return made
+
+
+if __name__ == "__main__":
+    compiled = []
+    for name, kernel, types, constants, arch, warps, gluon in rows():
+        one = build(kernel, types, constants, arch, warps, gluon)
+        compiled.append({"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared})
+    json.dump(compiled, sys.stdout)

@@ -1,0 +1,90 @@
+"""The dense layer's kernels compile for every GPU generation, and hold the instructions that they are built on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Variants = dict[tuple[str, int], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Variants:
+    """Every variant by name and architecture; in a process of its own, because tests beside this one run the interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("compile_linear.py")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {(one["name"], one["arch"]): one for one in json.loads(done.stdout)}
+
+
+def count(variant: dict[str, Any], pattern: str) -> int:
+    return len(re.findall(pattern, variant["ptx"]))
+
+
+@pytest.mark.parametrize("x", ["fp8", "bf16", "fp16"])
+@pytest.mark.parametrize(("bm", "reduce"), [(256, False), (128, True)])
+def test_large(compiled: Variants, x: str, bm: int, reduce: bool) -> None:
+    variant = compiled[f"large {x} {bm}", 90]
+    k, steps = (32, 8) if x == "fp8" else (16, 16)  # wgmma of a weight stage of 256 values of K
+    assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n{bm}k{k}\.") == steps
+    assert count(variant, r"cp\.async\.bulk\.tensor\.2d\.shared") >= 4
+    assert ("stmatrix" in variant["ptx"]) == (not reduce)
+    assert variant["shared"] <= 227 * 1024
+
+
+@pytest.mark.parametrize("x", ["fp8", "bf16"])
+@pytest.mark.parametrize("bm", [8, 64])
+def test_decode(compiled: Variants, x: str, bm: int) -> None:
+    variant = compiled[f"decode {x} {bm}", 90]
+    assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n{bm}k") == (8 if x == "fp8" else 16)
+    # The weights' first copies come before the wait for the kernel that prepares x, x's own after it.
+    ptx = variant["ptx"]
+    assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait") < ptx.rindex("cp.async.bulk.tensor")
+
+
+@pytest.mark.parametrize("x", ["bf16", "fp16"])
+@pytest.mark.parametrize("reduce", [False, True])
+def test_few(compiled: Variants, x: str, reduce: bool) -> None:
+    variant = compiled[f"few {x} {reduce}", 90]
+    assert count(variant, r"mma\.sync\.aligned\.m16n8k16") == 2 * 16
+    assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32") >= 2 * 4  # 16-byte loads of the packed weights
+    # Nothing but the counter's broadcast goes through shared memory.
+    assert count(variant, r"st\.shared") <= 1
+    assert "shfl" not in variant["ptx"]
+
+
+@pytest.mark.parametrize("permute", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_quantize_fp8(compiled: Variants, permute: bool, whole: bool) -> None:
+    variant = compiled[f"quantize {permute} {whole}", 90]
+    assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 2
+    assert count(variant, r"cvt\.rn\.satfinite\.e4m3x2\.f32") == 16
+    assert "griddepcontrol.launch_dependents" in variant["ptx"]
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100, 120])
+def test_widen(compiled: Variants, arch: int) -> None:
+    variant = compiled["widen", arch]
+    assert count(variant, r"cvt\.rn\.satfinite\.e4m3x2\.f16x2") >= 4
+    assert count(variant, r"prmt\.b32") >= 4
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_portable(compiled: Variants, arch: int, fp8: bool) -> None:
+    assert count(compiled[f"portable {fp8}", arch], r"mma\.sync|wgmma\.mma_async|tcgen05\.mma") > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [(100, r"tcgen05\.mma\S*kind::mxf4nvf4"), (120, r"mma\.sync\S*kind::mxf4nvf4\S*ue4m3")]
+)
+def test_dot_scaled_is_native(compiled: Variants, arch: int, instruction: str) -> None:
+    assert count(compiled["dot_scaled", arch], instruction) > 0

@@ -1,0 +1,143 @@
+"""The dense layer's portable kernels under Triton's interpreter against their twins, and the choice of a GEMM.
+
+fp16 throughout: the interpreter truncates to bf16.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+import json
+
+import pytest
+import torch
+
+from nvfp4_kernels import quantize_weight
+from nvfp4_kernels.formats import SfLayout
+from nvfp4_kernels.reference import linear as reference
+from nvfp4_kernels.reference.quantize import dequantize, quantize
+from nvfp4_kernels.triton import activation, gemm_portable, tuning
+from nvfp4_kernels.triton import linear as gpu
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 48, 32), (5, 100, 144), (70, 130, 272)])
+@pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
+def test_portable(mode: str, m: int, n: int, k: int) -> None:
+    x = torch.randn(m, k, dtype=torch.float16)
+    weight = quantize_weight(torch.randn(n, k)).prepared(mode)
+    bias = torch.randn(n, dtype=torch.float16)
+    arguments = (weight.data, weight.scales, weight.row_scale())
+    want = reference.linear(x, *arguments, activation=mode, fp8_fold=weight.fp8_fold, bias=bias)
+    operand, token = activation.quantize_fp8(x, "natural") if mode == "fp8_per_token" else (x, None)
+    out = torch.full((m, n), float("nan"), dtype=torch.float16)
+    gemm_portable.run(operand, *arguments, out, fp8_fold=weight.fp8_fold, token_scale=token, bias=bias)
+    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("k", [16, 144, 1040])
+def test_quantize_fp8_bits(k: int) -> None:
+    x = (torch.randn(9, k) * torch.logspace(-5, 3, 9)[:, None]).to(torch.float16)
+    x[3] = 0
+    want, want_scale = reference.quantize_fp8_per_token(x)
+    got, scale = activation.quantize_fp8(x, "natural")
+    assert torch.equal(got.float(), want.float())
+    assert torch.equal(scale, want_scale)
+
+
+def test_orders() -> None:
+    x = torch.randn(3, 256, dtype=torch.float16)
+    order_16 = torch.arange(256).view(-1, 4, 4, 2, 2, 2).permute(0, 2, 4, 5, 1, 3).reshape(-1)
+    order_fp8 = torch.arange(256).view(-1, 4, 4, 2, 4).permute(0, 2, 3, 1, 4).reshape(-1)
+    assert torch.equal(activation.permute(x, "16"), x[:, order_16])
+    assert torch.equal(activation.permute(x, "fp8"), x[:, order_fp8])
+
+
+@pytest.mark.parametrize("order", ["natural", "16"])
+def test_decode(order: str) -> None:
+    x = torch.randn(5, 256)
+    codes, sf, _ = quantize(x, torch.tensor([400.0]), layout=SfLayout.layout_linear)
+    want = dequantize(codes, sf, torch.ones(1), layout=SfLayout.layout_linear)
+    if order == "16":
+        want = want[:, torch.arange(256).view(-1, 4, 4, 2, 2, 2).permute(0, 2, 4, 5, 1, 3).reshape(-1)]
+    assert torch.equal(activation.decode(codes, sf, torch.float16, order).float(), want)
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """Makes `plan` see a device of a given name and architecture; the user's own tables stay out."""
+
+    def pretend(name: str, arch: int, processors: int = 132) -> torch.device:
+        monkeypatch.setattr(gpu, "_device", lambda index: (name, arch, processors))
+        return torch.device("cuda", 0)
+
+    monkeypatch.setenv("NVFP4_CACHE", str(tmp_path))
+    gpu._table.cache_clear()
+    yield pretend
+    gpu._table.cache_clear()
+
+
+def test_plan_reads_the_table(on_device) -> None:
+    shipped = json.loads(gpu.shipped_table_path(H100).read_text())["linear"]
+    device = on_device(H100, 90)
+    entry = shipped["fp8_per_token"]["28672x4096"]["1024"]
+    for m in (513, 1000, 1024):
+        plan = gpu.plan(device, "fp8_per_token", m, 28672, 4096)
+        assert {"kernel": plan.kernel, **plan.parameters} == entry
+        assert H100 in plan.reason
+    # The W4A4 modes run the GEMM of "none".
+    assert gpu.plan(device, "nvfp4_per_token", 64, 6144, 4096) == gpu.plan(device, "none", 64, 6144, 4096)
+    # Another Hopper device takes the H100's numbers, and the reason says so.
+    assert H100 in gpu.plan(on_device("NVIDIA H200", 90), "none", 64, 6144, 4096).reason
+
+
+def test_every_shipped_entry_runs_somewhere() -> None:
+    for path in gpu.shipped_table_path(H100).parent.glob("*.json"):
+        table = json.loads(path.read_text())["linear"]
+        for mode in tuning.MODES:
+            for shape, entries in table[mode].items():
+                n, k = map(int, shape.split("x"))
+                assert gpu.hopper_problem(n, k) is None
+                assert shape in table["auto"]
+                for m, entry in entries.items():
+                    assert entry["kernel"] in ("few", "decode", "large", "widen")
+                    assert (k // 256) % entry.get("split", 1) == 0
+                    assert entry["kernel"] not in ("few", "decode") or int(m) <= entry.get("bm", 8)
+
+
+@pytest.mark.parametrize("mode", ["none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor"])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 33, 64, 65, 129, 700, 5000])
+@pytest.mark.parametrize(("n", "k"), [(7, 256), (3000, 1280), (1024, 8192), (65536, 12288)])
+def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        plan = gpu.plan(on_device("another Hopper", 90), mode, m, n, k, dtype)
+        assert plan.reason
+        assert (k // 256) % plan.parameters.get("split", 1) == 0
+        assert plan.kernel != "few" or (m <= 8 and mode != "fp8_per_token")
+        assert plan.kernel != "decode" or m <= plan.parameters["bm"] <= 64
+        assert plan.kernel != "widen" or (mode == "fp8_per_token" and dtype == torch.bfloat16 and n % 16 == 0)
+
+
+def test_other_devices(on_device) -> None:
+    for name, arch in (("NVIDIA A100", 80), ("NVIDIA L40S", 89)):
+        assert gpu.plan(on_device(name, arch), "none", 64, 4096, 4096).kernel == "portable"
+    blackwell = on_device("NVIDIA B200", 100)
+    assert gpu.plan(blackwell, "nvfp4_per_token", 64, 4096, 4096).kernel == "dot_scaled"
+    assert gpu.plan(blackwell, "none", 64, 4096, 4096).kernel == "portable"
+    hopper = on_device(H100, 90)
+    assert "K = 144" in gpu.plan(hopper, "none", 64, 4096, 144).reason
+    assert gpu.faster_mode(hopper, 1, 28672, 4096) == "none"
+    assert gpu.faster_mode(hopper, 1024, 28672, 4096) == "fp8_per_token"
+    assert gpu.faster_mode(hopper, 1024, 4096, 144) == "none"
+
+
+def test_first_fp8() -> None:
+    none = {"1": 10.0, "8": 10.0, "16": 10.0}
+    assert tuning._first_fp8(none, {"1": 9.0, "8": 9.0, "16": 9.0}) == 1
+    assert tuning._first_fp8(none, {"1": 12.0, "8": 12.0, "16": 9.0}) == 9
+    assert tuning._first_fp8(none, {"1": 12.0, "8": 9.0, "16": 9.9}) == 17
