@@ -54,7 +54,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": EXPERTS,
         "num_experts_per_tok": TOP_K,
         "sliding_window": None,
-        "head_dim": HIDDEN // HEADS,  # SGLang's Mixtral knows no other
+        # SGLang's Mixtral knows no other head_dim than hidden size / heads, and vLLM on a CPU none below 32.
+        "num_attention_heads": HIDDEN // HEAD_DIM,
+        "num_key_value_heads": 1,
     },
     # The one with shared experts, and with biases in its attention.
     "qwen2_moe": {
