@@ -6,8 +6,10 @@ with a JSON job on standard input is that process; it prints one JSON line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -79,6 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vllm-nvfp4": {"quantization": None},
     "bf16": {"quantization": None},
 }
+_RESULT = '{"tokens_per_second"'
 BATCHES = (1, 16, 64)
 PREFILL = (8, 2048)
 DECODE_TOKENS = 128
@@ -127,26 +130,32 @@ def json_line(value: object) -> str:
 
 def _run_worker(method: str, config: dict[str, Any], activation: str, timeout: int) -> dict[str, Any]:
     job = json_line({"method": method, "config": config, "activation": activation})
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+") as log:
+        # A session of its own: the engine's processes go with it, also those that outlive their parent.
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "nvfp4_plugin.cli.bench_vllm"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        problem = None
         try:
-            run = subprocess.run(
-                [sys.executable, "-m", "nvfp4_plugin.cli.bench_vllm"],
-                input=job,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
+            worker.communicate(job, timeout=timeout)
         except subprocess.TimeoutExpired:
-            return {"error": f"not done after {timeout} s"}
-        lines = [line for line in run.stdout.splitlines() if line.startswith('{"tokens_per_second"')]
-        if run.returncode or not lines:
-            errors.seek(0)
-            output = run.stdout + errors.read()
-            sys.stderr.write(output[-6000:])
-            return {"error": f"exit code {run.returncode}, its last lines are on standard error"}
-    return json.loads(lines[-1])
+            problem = f"not done after {timeout} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+        log.seek(0)
+        output = log.read()
+    lines = [line for line in output.splitlines() if line.startswith(_RESULT)]
+    if lines:
+        return json.loads(lines[-1])
+    sys.stderr.write(output[-6000:])
+    return {"error": f"{problem or f'exit code {worker.returncode}'}, its last lines are on standard error"}
 
 
 def _work() -> None:
