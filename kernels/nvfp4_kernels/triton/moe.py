@@ -25,7 +25,7 @@ def _block_m(slots: int, experts: int) -> int:
 
 def describe(activation: str, device: torch.device) -> tuple[str, str]:
     """Kernel and reason of an activation mode, for `nvfp4 doctor`."""
-    if torch.cuda.get_device_capability(device) == (9, 0):
+    if arch_of(device) == 90:
         return "gluon moe_gemm_hopper", "SM90, both K multiples of 256 (the portable Triton GEMM takes other shapes)"
     operands = "e4m3" if activation == "fp8_per_token" and has_fp8_tensor_cores(arch_of(device)) else "16-bit"
     return "triton moe_gemm", f"weights decoded in registers, {operands} operands on the tensor cores"

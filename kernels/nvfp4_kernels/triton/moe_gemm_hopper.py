@@ -28,6 +28,7 @@ from .gluon_compat import thread_barrier, tma_load
 from .hopper import decode_16, decode_fp8, halves, scale_pairs, tile_of
 from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
+from .numerics import arch_of
 
 
 @gluon.constexpr_function
@@ -407,8 +408,7 @@ def grouped_gemm_decode_kernel(
 def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str) -> bool:
     """Whether this path takes the layer: Hopper, whole stages of 256 along both K, gate and up rows below each other."""
     return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
+        arch_of(device) == 90
         and act_fn != "swigluoai"
         and all(w.data.shape[-1] % 128 == 0 and w.data.shape[1] % 16 == 0 for w in weights)
         and all(t.data_ptr() % 16 == 0 for w in weights for t in (w.data, w.scales))
