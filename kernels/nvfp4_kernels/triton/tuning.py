@@ -41,7 +41,7 @@ def _splits(stages: int, tiles: int, blocks: int) -> list[int]:
     wanted = blocks / tiles
     below = [d for d in divisors if d <= wanted][-1:]
     above = [d for d in divisors if d > wanted][:1]
-    return (below or [1]) + [d for d in above if d <= 2 * wanted]
+    return sorted({1, *below, *(d for d in above if d <= 2 * wanted)})
 
 
 def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
