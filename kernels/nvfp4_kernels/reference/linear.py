@@ -15,7 +15,8 @@ def quantize_fp8_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """[M, K] to e4m3 [M, K] and fp32 decode scales [M] = amax / 448 (a row of zeros: scale 0, codes 0)."""
     x = x.to(torch.float32)
     amax = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[0])
-    scale = amax / 448.0
+    # A tensor on both sides: torch divides a CUDA tensor by a number through its reciprocal, which rounds twice.
+    scale = amax / torch.full_like(amax, 448.0)
     values = torch.where((amax > 0).unsqueeze(-1), x / scale.unsqueeze(-1), x * 0.0)
     return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
 
