@@ -55,7 +55,6 @@ _QUANTIZE = {
     "BLOCK_M": 1,
     "BLOCKS": 128,
     "CHUNKS": 2,
-    "ROW_BLOCKS": 0,
     "PAD_WORDS": 1024,
 }
 
@@ -77,7 +76,7 @@ ROWS = (
     _quantize("quantize per tensor", PER_TOKEN=False, CHUNKS=1, warps=2),
     _quantize("quantize per token fp16 linear", x="*fp16", LAYOUT=2),
     _quantize("quantize per token fp8", x="*u8", LAYOUT=1),
-    _quantize("quantize shared rows", BLOCKS=128, CHUNKS=1, ROW_BLOCKS=1024),
+    _quantize("quantize few rows", BLOCKS=512, CHUNKS=2, warps=16),
     _quantize("quantize two passes", BLOCKS=512, CHUNKS=0, warps=8),
     _quantize("quantize fast", FAST=True),
     _quantize("permute_quantize", ROWS="scattered", TOP_K=8),

@@ -38,7 +38,7 @@ _LAYOUT_128X4 = tl.constexpr(int(SfLayout.layout_128x4))
 _LAYOUT_8X4 = tl.constexpr(int(SfLayout.layout_8x4))
 _LAYOUT_LINEAR = tl.constexpr(int(SfLayout.layout_linear))
 _PAD_WORDS = 1024  # four-byte words of padding scales that a program zeroes
-_FEW_ROWS = 64  # up to here, rows per token are shared between programs: one could not fill the GPU
+_FEW_ROWS = 132  # up to here each row can have a multiprocessor to itself
 _MAX_BLOCKS = 1024  # blocks of 16 that a program holds in registers: K up to 16384
 
 
@@ -92,12 +92,8 @@ def _zero_rows(x_q, sf, token_scale, row, empty, blocks, padded_blocks, LAYOUT: 
 def _zero_padding(sf, program, out_rows, padded_blocks, LAYOUT: tl.constexpr, WORDS: tl.constexpr):
     """Zero the scales of the rows that fill up the last tile of rows; a word is four blocks of a row."""
     word = program * WORDS + tl.arange(0, WORDS)
-    if LAYOUT == _LAYOUT_128X4:
-        tile_rows: tl.constexpr = 128
-        row = word % 4 * 32 + word % 128 // 4
-    else:
-        tile_rows: tl.constexpr = 8
-        row = word % 8
+    tile_rows: tl.constexpr = 128 if LAYOUT == _LAYOUT_128X4 else 8
+    row = word % 4 * 32 + word % 128 // 4 if LAYOUT == _LAYOUT_128X4 else word % 8
     tile_words = padded_blocks * (tile_rows // 4)
     words = sf.to(tl.pointer_type(tl.int32), bitcast=True) + (out_rows // tile_rows).to(tl.int64) * tile_words
     tl.store(words + word, tl.zeros((WORDS,), tl.int32), mask=(word < tile_words) & (row >= out_rows % tile_rows))
@@ -146,13 +142,12 @@ def quantize_kernel(
     x, a_global_sf, index, named, x_q, sf, token_scale, m, out_rows, pad_start, blocks, padded_blocks, x_stride, g_stride,
     LAYOUT: tl.constexpr, PER_TOKEN: tl.constexpr, SHUFFLE: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
     TOP_K: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
-    CHUNKS: tl.constexpr, ROW_BLOCKS: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr,
+    CHUNKS: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """x [m, K] (or [m, 2K] with SILU) to x_q [out_rows, K/2], its scales in sf and token_scale [out_rows].
 
     `x_stride` counts words of two values. A program takes BLOCK_M rows by BLOCKS blocks, with PER_TOKEN whole rows: CHUNKS
-    times BLOCKS blocks stay in registers, CHUNKS = 0 reads a row twice. With ROW_BLOCKS > 0 (and BLOCK_M = 1) programs share a
-    row: each takes the maximum of all of it (ROW_BLOCKS cover it) and quantizes BLOCKS blocks. ROWS says which rows:
+    times BLOCKS blocks stay in registers, CHUNKS = 0 reads a row twice. ROWS says which rows:
     "all"; "named": those whose flag in `named` is set, zeros for the others; "listed": the m entries of `index`, other rows
     stay as they are; "scattered": row i goes to rows index[i, :TOP_K], and programs behind those of the tokens zero the rows
     without a flag in `named`. An entry outside [0, out_rows) is skipped. Programs from pad_start on zero padding scales.
@@ -165,7 +160,7 @@ def quantize_kernel(
             _zero_padding(sf, program - pad_start, out_rows, padded_blocks, LAYOUT, PAD_WORDS)
             return
     first_block = 0
-    if not PER_TOKEN or ROW_BLOCKS > 0:
+    if not PER_TOKEN:
         parts = tl.cdiv(padded_blocks, BLOCKS)
         first_block = (program % parts) * BLOCKS
         program = program // parts
@@ -191,34 +186,28 @@ def quantize_kernel(
     block = first_block + tl.arange(0, BLOCKS)
 
     # A row that fits is held as it was loaded (words), not as the fp32 values that it unpacks to.
-    words = ()
-    maxima = ()
+    words = ()  # type: tuple
+    maxima = ()  # type: tuple
     for i in tl.static_range(CHUNKS):
         words += (_load_words(x, row_offset, live, block + i * BLOCKS, blocks, SILU, ARCH),)
     for i in tl.static_range(CHUNKS):
         maxima += (max_magnitude_of_words(words[i], dtype, ARCH),)
     if PER_TOKEN:
         # Patterns of magnitudes order as integers do, a NaN on top.
-        if ROW_BLOCKS > 0:
-            tile = _load_words(x, row_offset, live, tl.arange(0, ROW_BLOCKS), blocks, SILU, ARCH)
-            bits = max_magnitude_of_words(tile, dtype, ARCH).to(tl.int32, bitcast=True)
-            # By way of a scalar: the row's layout in threads shall not spread to the part that is quantized.
-            row_bits = tl.zeros((BLOCK_M,), tl.int32) + tl.max(tl.max(bits, 1), 0)
-        else:
-            bits = tl.zeros((BLOCK_M, BLOCKS), tl.int32)
-            for i in tl.static_range(CHUNKS):
-                bits = tl.maximum(bits, maxima[i].to(tl.int32, bitcast=True))
-            if CHUNKS == 0:
-                for start in range(0, padded_blocks, BLOCKS):
-                    tile = _load_words(x, row_offset, live, start + block, blocks, SILU, ARCH)
-                    bits = tl.maximum(bits, max_magnitude_of_words(tile, dtype, ARCH).to(tl.int32, bitcast=True))
-            row_bits = tl.max(bits, 1)
+        bits = tl.zeros((BLOCK_M, BLOCKS), tl.int32)
+        for i in tl.static_range(CHUNKS):
+            bits = tl.maximum(bits, maxima[i].to(tl.int32, bitcast=True))
+        if CHUNKS == 0:
+            for start in range(0, padded_blocks, BLOCKS):
+                tile = _load_words(x, row_offset, live, start + block, blocks, SILU, ARCH)
+                bits = tl.maximum(bits, max_magnitude_of_words(tile, dtype, ARCH).to(tl.int32, bitcast=True))
+        row_amax = tl.max(bits, 1).to(tl.float32, bitcast=True)
         inverse_base = tl.load(a_global_sf)
-        g, scale = token_scales(row_bits.to(tl.float32, bitcast=True), inverse_base, FAST, ARCH)
+        g, scale = token_scales(row_amax, inverse_base, FAST, ARCH)
         scale = tl.where(live, scale, 0.0)
         for j in tl.static_range(TOP_K):
             target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS, TOP_K)
-            tl.store(token_scale + target, scale, mask=written & (first_block == 0))
+            tl.store(token_scale + target, scale, mask=written)
     else:
         g = tl.load(a_global_sf + row * g_stride, mask=live, other=0.0)
     if PDL:
@@ -291,34 +280,32 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program takes: `rows` rows by `chunks` * `blocks` blocks of 16 (0 chunks: rows in two passes), and its warps.
-
-    row_blocks: where programs share a row (per token), a power of two that covers its blocks; 0 elsewhere.
-    """
+    """What a program takes: `rows` rows by `chunks` * `blocks` blocks of 16 (0 chunks: rows in two passes), and its warps."""
 
     rows: int
     blocks: int
     chunks: int
     warps: int
-    row_blocks: int = 0
 
 
 def tile(rows: int, blocks: int, per_token: bool, silu: bool) -> Tile:
     """The tile for `rows` rows of `blocks` blocks, as measured on an H100 (docs/kernel-notes.md)."""
     width = triton.next_power_of_2(blocks)
+    few = rows <= _FEW_ROWS
     if not per_token:
         # One block of 16 a thread for silu and for few rows, else two.
         width = min(width, 128)
-        return Tile(max(1, 128 // width), width, 1, 4 if silu or rows <= _FEW_ROWS else 2)
+        return Tile(max(1, 128 // width), width, 1, 4 if silu or few else 2)
     if width > _MAX_BLOCKS:
         return Tile(1, 512, 0, 16 if silu else 8)
-    if rows <= _FEW_ROWS and width >= 256 and not silu:
-        part = 64 if width == 256 else 128
-        return Tile(1, part, 1, part // 32, width)
     if width <= 128:
         return Tile(max(1, 64 // width), width, 1, max(1, width * (2 if silu else 1) // 64))
-    # From 256 blocks on: 256 of them at a time where they go into a row without waste, else 128.
-    chunk = 128 if width <= 512 else 256
+    if few:
+        # A program has a multiprocessor to itself: as many warps as there is work for.
+        chunks = 1 if width == 256 else 2
+        return Tile(1, width // chunks, chunks, width // chunks // 32)
+    # Several small programs on a multiprocessor: while one waits for its row, others compute and store.
+    chunk = 128 if width <= 512 or not silu else 256
     return Tile(1, chunk, triton.cdiv(blocks, chunk), chunk // 32)
 
 
@@ -359,12 +346,11 @@ def _launch(
     blocks = k // GROUP_SIZE
     padded_blocks = blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4)
     m = index.numel() if rows_mode == "listed" and index is not None else x.shape[0]
-    # The programs that zero rows take whole ones, so the scattered form shares none.
-    config = tile(max(m, _FEW_ROWS + 1) if rows_mode == "scattered" else m, padded_blocks, per_token, silu)
+    config = tile(m, padded_blocks, per_token, silu)
     programs = triton.cdiv(m, config.rows)
     if rows_mode == "scattered":
         programs += triton.cdiv(x_q.shape[0], config.rows)
-    if not per_token or config.row_blocks:
+    if not per_token:
         programs *= triton.cdiv(padded_blocks, config.blocks)
     pad_start = programs
     if rows_mode != "listed" and sf.shape[0] > x_q.shape[0]:
@@ -403,7 +389,6 @@ def _launch(
         BLOCK_M=config.rows,
         BLOCKS=config.blocks,
         CHUNKS=config.chunks,
-        ROW_BLOCKS=config.row_blocks,
         PAD_WORDS=_PAD_WORDS,
         ARCH=arch,
         num_warps=config.warps,
