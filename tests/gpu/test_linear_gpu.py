@@ -98,9 +98,7 @@ def test_default_plan(mode: str, m: int, n: int, k: int) -> None:
         w = weight(n, k, per_row=m % 2 == 1)
         bias = torch.randn(n).to(dtype) if m % 3 else None
         scale = torch.tensor([INPUT_SCALE], device="cuda")
-        out = nvfp4_linear(
-            x.cuda(), on_gpu(w), activation=mode, input_scale=scale, bias=None if bias is None else bias.cuda()
-        )
+        out = nvfp4_linear(x.cuda(), on_gpu(w), activation=mode, input_scale=scale, bias=None if bias is None else bias.cuda())
         check(out, exact(x, w, mode, bias), mode, k)
 
 
@@ -129,9 +127,7 @@ def test_every_hopper_gemm(mode: str, m: int, kernel: str, parameters: dict[str,
     for _ in range(2):
         out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
         plan = gpu.Plan(kernel, parameters)
-        outs.append(
-            gpu.run(plan, x.cuda(), g.data, g.scales, g.row_scale(), out, mode, g.fp8_fold, None, bias.cuda())
-        )
+        outs.append(gpu.run(plan, x.cuda(), g.data, g.scales, g.row_scale(), out, mode, g.fp8_fold, None, bias.cuda()))
     check(outs[0], exact(x, w, mode, bias), mode, k)
     assert torch.equal(outs[0], outs[1])  # split-K adds up in a fixed order
 

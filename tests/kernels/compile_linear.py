@@ -49,9 +49,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: i
         for i, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or name in ("K", "x_stride", "w_stride", "stride", "row_words")
     }
-    source = (GluonASTSource if gluon else ASTSource)(
-        fn=kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
+    source = (GluonASTSource if gluon else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
@@ -85,9 +83,7 @@ def rows() -> list[tuple[Any, ...]]:
     for x in ("fp8", "bf16"):
         for bm, warps in ((8, 4), (64, 8)):
             constants = {"BM": bm, "WARPS": warps, "STAGES": 3, "TOKEN": True, "BIAS": True, "REDUCE": True}
-            made.append(
-                (f"decode {x} {bm}", gemm_decode, wgmma_operands(x, 16 * warps, bm, 256), constants, 90, warps, True)
-            )
+            made.append((f"decode {x} {bm}", gemm_decode, wgmma_operands(x, 16 * warps, bm, 256), constants, 90, warps, True))
     for x in ("bf16", "fp16"):
         for reduce in (False, True):
             types = {"w_ptr": "*i32", "s_ptr": "*i32", "x_ptr": f"*{x}", "out_ptr": f"*{x}", "bias_ptr": f"*{x}"}

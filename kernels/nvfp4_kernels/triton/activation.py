@@ -84,9 +84,7 @@ def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tenso
         # Up to 8192 values a row stay in registers; longer rows go by pieces, so that several blocks share a processor.
         block = min(max(block, 1024), 8192)
         warps = block // 1024
-        quantize_fp8_rows[(m,)](
-            x, q, scale, x.stride(0), k, order == "fp8", block, k <= block, warps, num_warps=warps
-        )
+        quantize_fp8_rows[(m,)](x, q, scale, x.stride(0), k, order == "fp8", block, k <= block, warps, num_warps=warps)
         return q, scale
     _quantize_fp8_kernel[(m,)](
         x, q, scale, x.stride(0), k, order, fp8, block, num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False

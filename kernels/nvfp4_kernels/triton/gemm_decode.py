@@ -33,9 +33,7 @@ from .hopper import (
 def _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n0, k, slot, pred):
     """Weights and scales of stage k into `slot`, whose barrier is told to expect x, too."""
     bar = bars.index(slot)
-    mbarrier.expect(
-        bar, 2 * w_desc.block_type.nbytes + s_desc.block_type.nbytes + x_desc.block_type.nbytes, pred=pred
-    )
+    mbarrier.expect(bar, 2 * w_desc.block_type.nbytes + s_desc.block_type.nbytes + x_desc.block_type.nbytes, pred=pred)
     for chunk in gl.static_range(2):
         tma_load(w_desc, [n0, k * 32 + chunk * 16], bar, words.index(slot * 2 + chunk), pred=pred)
     tma_load(s_desc, [n0, k * 8], bar, scales.index(slot), pred=pred)
@@ -60,9 +58,7 @@ def gemm_decode(
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], WARP_ROWS, [], [BN, 16]
     )
-    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], WARP_ROWS, [], [BN, 4]
-    )
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], WARP_ROWS, [], [BN, 4])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
 
@@ -124,9 +120,7 @@ def gemm_decode(
                     if FP8:
                         a = decode_fp8(w, s, fold, BN, OPERAND)
                     else:
-                        a = decode_16(
-                            w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16
-                        )
+                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
                     x = x_ring.index(slot).slice(chunk * 128 + half * 64, STEP, dim=1)
                     token = warpgroup_mma(a, x.permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))

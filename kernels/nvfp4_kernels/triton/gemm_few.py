@@ -72,9 +72,7 @@ def gemm_few(
     m_x = gl.arange(0, BM, gl.SliceLayout(1, X))
     k_x = gl.arange(0, 256, gl.SliceLayout(0, X))
     # Rows past N read row N - 1; what comes of them is not stored.
-    w_pointers = (
-        w_ptr + gl.minimum(n_w, N - 1).to(gl.int64)[:, None] * w_stride + (k_stage * 32 + k_w)[None, :]
-    )
+    w_pointers = w_ptr + gl.minimum(n_w, N - 1).to(gl.int64)[:, None] * w_stride + (k_stage * 32 + k_w)[None, :]
     s_pointers = s_ptr + gl.minimum(n_s, N - 1).to(gl.int64)[:, None] * s_stride + (k_stage * 4 + k_s)[None, :]
     x_pointers = x_ptr + m_x.to(gl.int64)[:, None] * x_stride + (k_stage * 256 + k_x)[None, :]
     every_w = (n_w >= 0)[:, None] & (k_w >= 0)[None, :]
@@ -113,9 +111,7 @@ def gemm_few(
             for part in range(split):
                 slot_ptr = partial_ptr + (tile * split + part).to(gl.int64) * (BN * BM)
                 total += gl.load(slot_ptr + offsets, mask=valid, other=0.0)
-            result = scaled(
-                total, n, m, N, M, row_ptr, row_ptr, token_ptr, bias_ptr, row_stride, DTYPE, False, TOKEN, BIAS
-            )
+            result = scaled(total, n, m, N, M, row_ptr, row_ptr, token_ptr, bias_ptr, row_stride, DTYPE, False, TOKEN, BIAS)
             store_direct(result, out_ptr, n, m, N, M)
     else:
         result = scaled(acc, n, m, N, M, row_ptr, row_ptr, token_ptr, bias_ptr, row_stride, DTYPE, False, TOKEN, BIAS)

@@ -146,9 +146,7 @@ def gemm_large(
                     if FP8:
                         a = decode_fp8(w, s, fold, BN, OPERAND)
                     else:
-                        a = decode_16(
-                            w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16
-                        )
+                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
                     mbarrier.wait(x_bars.index(x_slot), x_phase)
                     token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))

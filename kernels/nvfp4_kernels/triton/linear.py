@@ -377,9 +377,7 @@ def run(
             use_fast_accum=True,
         )  # fmt: skip
     else:
-        gemm_portable.run(
-            operand, data, scales, row_scale, out, fp8_fold=fold, token_scale=token_scale, bias=bias
-        )
+        gemm_portable.run(operand, data, scales, row_scale, out, fp8_fold=fold, token_scale=token_scale, bias=bias)
     return out
 
 

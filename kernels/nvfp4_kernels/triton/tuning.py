@@ -155,7 +155,7 @@ def tune(
                 table[mode].setdefault(shape, {})[str(m)] = {"kernel": best.kernel, **best.parameters}
                 times[mode].setdefault(shape, {})[str(m)] = round(seconds * 1e6, 2)
         table["auto"][shape] = _first_fp8(times["none"].get(shape, {}), times["fp8_per_token"].get(shape, {}))
-        log(f"{shape}: {({mode: times[mode].get(shape) for mode in MODES})}, fp8 from M = {table['auto'][shape]}")
+        log(f"{shape}: { ({mode: times[mode].get(shape) for mode in MODES}) }, fp8 from M = {table['auto'][shape]}")
     return {"device": name, "linear": table, "us": times}
 
 
