@@ -39,6 +39,7 @@ gpu-test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 install: $(INSTALLED)
