@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -29,7 +31,9 @@ def sample_model() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{NAME}.", dir=folder.parent))
         try:
-            _write(_gguf_file(), partial)
+            # transformers shows progress bars there whatever it is told.
+            with contextlib.redirect_stderr(io.StringIO()):
+                _write(_gguf_file(), partial)
             partial.chmod(0o755)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -52,10 +56,7 @@ def _write(gguf: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
