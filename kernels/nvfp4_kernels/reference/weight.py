@@ -24,7 +24,10 @@ SCALE_BASE = {"absmax": 448.0, "four_over_six": 256.0, "mse": 256.0}
 MSE_CANDIDATES = range(-2, 7)
 """Steps in e4m3 codes around the absmax scale that `mse` tries. All 126 codes gain nothing over these nine."""
 
-_CHUNK_ELEMENTS = 1 << 18  # an fp32 chunk and its copies stay in a core's cache
+_CHUNK_BLOCKS = 2047
+"""Blocks searched at a time: their fp32 copies stay in a core's cache, and the tensors stay below the 32,768 elements from
+which torch shares an operation between threads. A hundred such operations a chunk would wait for one another a hundred
+times, which takes ten times as long as soon as something else runs on a core."""
 
 
 def block_error(magnitude: torch.Tensor, sf: torch.Tensor, inverse_g: torch.Tensor) -> torch.Tensor:
@@ -74,11 +77,8 @@ def search_scales(weight: torch.Tensor, encode_scale: torch.Tensor, *, scale_sea
         sf.view(-1, *sf.shape[-2:]),
         strict=True,
     ):
-        step = max(1, _CHUNK_ELEMENTS // max(weight.shape[-1], 1))
-        for start in range(0, matrix.shape[0], step):
-            rows = slice(start, start + step)
-            x = matrix[rows].to(torch.float32)
-            codes, block_sf = _search_blocks(x.reshape(-1, GROUP_SIZE), g, scale_search)
-            matrix_data[rows] = codes.view(x.shape[0], -1)
-            matrix_sf[rows] = block_sf.view(x.shape[0], -1)
+        blocks, block_data, block_sf = matrix.reshape(-1, GROUP_SIZE), matrix_data.view(-1, GROUP_SIZE // 2), matrix_sf.view(-1)
+        for start in range(0, blocks.shape[0], _CHUNK_BLOCKS):
+            chunk = slice(start, start + _CHUNK_BLOCKS)
+            block_data[chunk], block_sf[chunk] = _search_blocks(blocks[chunk].to(torch.float32), g, scale_search)
     return data, sf.view(torch.float8_e4m3fn)
