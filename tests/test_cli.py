@@ -310,8 +310,9 @@ def test_run_prints_times_reasons_and_a_plot(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (["quantize", "--m", "3", "--k", "64"], ["per_token", "per_tensor"]),
+        (["quantize", "--shape", "3x64", "--only", "per_token", "--only", "copy"], ["per_token", "copy"]),
         (["linear", "--layer", "48x64", "--m", "3"], ["none", "nvfp4_per_token", "bf16"]),
+        (["moe", "--model", "4x2x64x32", "--m", "3"], ["none", "nvfp4_per_token"]),
     ],
 )
 def test_benchmarks_run_on_the_cpu(arguments, names):
@@ -320,8 +321,9 @@ def test_benchmarks_run_on_the_cpu(arguments, names):
     assert all(measured[name]["microseconds"] > 0 for name in names)
 
 
-def test_bench_linear_refuses_an_odd_layer():
-    text = one_line(invoke("bench", "linear", "--layer", "64x40", status=2).output)
+@pytest.mark.parametrize("arguments", [["linear", "--layer", "64x40"], ["quantize", "--shape", "64x40"]])
+def test_benchmarks_refuse_a_shape_that_nvfp4_cannot_have(arguments):
+    text = one_line(invoke("bench", *arguments, status=2).output)
     assert "got '64x40'" in text
     assert "multiple of 16" in text
 
