@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import arch_of
+from .numerics import arch_of, e2m1_decode, e4m3_decode
 
 _E4M3_MAX = tl.constexpr(448.0)
 
@@ -113,22 +113,6 @@ def permute(x: torch.Tensor, order: str) -> torch.Tensor:
 
 
 @triton.jit
-def decode_e2m1(code):
-    """A code (int32, 0..15) to its value in fp32."""
-    # s e e m -> the fp32 pattern of s * m * 2^e times 2^-126; subnormals are exact.
-    bits = (code & 8) << 28 | (code & 7) << 22
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
-
-
-@triton.jit
-def decode_e4m3(byte):
-    """An e4m3 byte (int32, 0..255) to its value in fp32; NaN stays NaN. For GPUs without fp8, too."""
-    bits = (byte & 0x80) << 24 | (byte & 0x7F) << 20
-    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
-
-
-@triton.jit
 def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         _let_next_kernel_start()
@@ -138,7 +122,7 @@ def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, ORDER: tl.constexpr, BLOCK: tl.con
     inside = column < K
     byte = tl.load(q_ptr + row * (K // 2) + source // 2, mask=inside, other=0).to(tl.int32)
     sf = tl.load(sf_ptr + row * (K // 16) + source // 16, mask=inside, other=0).to(tl.int32)
-    value = decode_e2m1(byte >> (source % 2 * 4)) * decode_e4m3(sf)
+    value = e2m1_decode(byte >> (source % 2 * 4)) * e4m3_decode(sf)
     tl.store(out_ptr + row * K + column, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .activation import decode_e2m1, decode_e4m3, round_e4m3
+from .activation import round_e4m3
+from .numerics import e2m1_decode, e4m3_decode
 
 
 @triton.jit(do_not_specialize=["M", "N", "row_stride"])
@@ -43,10 +44,10 @@ def gemm_portable(
             mask=(n < N)[:, None] & (k0 // 16 + group < K // 16)[None, :],
             other=0,
         ).to(tl.int32)
-        scale = decode_e4m3(sf)
+        scale = e4m3_decode(sf)
         if FP8:
             scale = scale / fold[:, None]  # a power of two: exact
-        values = tl.join(decode_e2m1(codes & 0xF), decode_e2m1(codes >> 4)).reshape(BN, BK // 16, 16)
+        values = tl.join(e2m1_decode(codes & 0xF), e2m1_decode(codes >> 4)).reshape(BN, BK // 16, 16)
         values = (values * scale[:, :, None]).reshape(BN, BK)
         if FP8:
             values = round_e4m3(values)
