@@ -118,11 +118,13 @@ def _healthy(port: int) -> bool:
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Stop a process that leads its own session, and every process of its group."""
     _signal_group(process, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
-    # Engine processes may outlive the one that we started.
-    _signal_group(process, signal.SIGKILL)
-    process.wait()
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    finally:  # after a second Ctrl-C too
+        # Engine processes may outlive the one that we started.
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
