@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
-STOP_SECONDS = 20.0
+STOP_SECONDS = 8.0
 """How long a server may take to stop before it is killed."""
 
 
