@@ -52,7 +52,9 @@ def gemm_portable(
         if FP8:
             values = round_e4m3(values)
         k = k0 + tl.arange(0, BK)
-        x = tl.load(x_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0).to(dtype)
+        x = tl.load(x_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        # By way of fp32: Triton 3.6 takes e4m3 to bf16 with an instruction that Ada lacks.
+        x = x.to(tl.float32).to(dtype)
         acc = tl.dot(x, tl.trans(values.to(dtype)), acc)
     row = tl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
     if FP8:
