@@ -31,6 +31,7 @@ from . import gemm_portable
 from .activation import decode, permute, quantize_fp8
 from .quantize import quantize
 from .widen import widen_fp8
+from .workspace import split_k
 
 _TABLES = Path(__file__).parent.parent / "tables"
 _FALLBACK = "NVIDIA H100 80GB HBM3"
@@ -194,28 +195,6 @@ def describe(mode: str, device: torch.device) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Running
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def _zeroed_counters(device: torch.device, count: int) -> torch.Tensor:
-    """int32 zeros [>= count], which every user leaves zero: one buffer a stream, so that kernels side by side share none."""
-    if torch.cuda.is_current_stream_capturing():
-        stream = None  # zeros made while capturing exist only when the graph runs: such a buffer is never kept
-    else:
-        stream = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
-        kept = _counters.get(stream)
-        if kept is not None and kept.numel() >= count:
-            return kept
-    fresh = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    if stream is not None:
-        _counters[stream] = fresh
-    return fresh
-
-
-def _workspace(device: torch.device, values: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 partial sums and the counters of their tiles."""
-    return torch.empty(values, dtype=torch.float32, device=device), _zeroed_counters(device, tiles)
-
 
 def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int | None) -> Any:
     from triton.experimental.gluon import language as gl
@@ -245,7 +224,7 @@ def _launch_few(
     split = options["split"]
     bn = 16 * options["warps"]
     tiles = triton.cdiv(n, bn)
-    partial, counters = _workspace(x.device, tiles * split * bn * 8, tiles) if split > 1 else (None, None)
+    partial, counters = split_k(x.device, tiles * split * bn * 8, tiles) if split > 1 else (None, None)
     gemm_few[(tiles * split,)](
         data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias, partial, counters,
         n, m, k // _K_STEP // split, split, k // 8, k // 64, x.stride(0), 1 if row_scale.numel() > 1 else 0,
@@ -278,7 +257,7 @@ def _launch_wgmma(
     pairs = _descriptor(scales.view(torch.int16), [bn, 8], 0)
     row_stride = 1 if row_scale.numel() > 1 else 0
     stages, split = k // _K_STEP, options["split"]
-    partial, counters = _workspace(x.device, tiles * split * bn * bm, tiles) if split > 1 else (None, None)
+    partial, counters = split_k(x.device, tiles * split * bn * bm, tiles) if split > 1 else (None, None)
     if few:
         from .gemm_decode import gemm_decode
 
