@@ -1,7 +1,7 @@
 """`nvfp4 bench vllm`: whole models in vLLM, random weights, this plugin beside bf16 and vLLM's own NVFP4.
 
-Every method serves the same shape in an engine and a process of its own, one after the other. `python -m` this module
-with a JSON job on standard input is that process; it prints one JSON line.
+Every method serves the same shape in an engine and a process of its own; only one of them works at a time. `python -m`
+this module with a JSON job on standard input is that process; it prints one JSON line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,9 +82,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "bf16": {"quantization": None},
 }
 _RESULT = '{"tokens_per_second"'
+_READY, _GO = "ready", "go"
 BATCHES = (1, 16, 64)
 PREFILL = (8, 2048)
 DECODE_TOKENS = 128
+_KV_CACHE_BYTES = 4 << 30  # for all of PREFILL's tokens, and the same for every method
 
 
 def vllm(
@@ -93,6 +95,9 @@ def vllm(
     method: Annotated[list[str], typer.Option(help="May be given several times.")] = list(METHODS),  # noqa: B006
     activation: Annotated[str, typer.Option(help="This plugin's activation mode.")] = "auto",
     timeout: Annotated[int, typer.Option(help="Seconds that one method may take.")] = 900,
+    together: Annotated[
+        bool, typer.Option("--together", help="Start all engines at once, each on its share of the memory; measured in turn.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Prefill and decode throughput of a whole model in vLLM with random weights, by CUDA graphs and torch.compile."""
@@ -104,7 +109,7 @@ def vllm(
     config = dict(SHAPES[shape])
     if layers:
         config["num_hidden_layers"] = layers
-    results = {name: _run_worker(name, config, activation, timeout) for name in method}
+    results = _measure(method, config, activation, timeout, together)
     if json:
         sys.stdout.write(json_line({"shape": shape, "layers": config["num_hidden_layers"], "results": results}) + "\n")
         return
@@ -128,34 +133,67 @@ def json_line(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _run_worker(method: str, config: dict[str, Any], activation: str, timeout: int) -> dict[str, Any]:
-    job = json_line({"method": method, "config": config, "activation": activation})
-    with tempfile.TemporaryFile("w+") as log:
+class _Worker:
+    """The process of one method: starts its engine, waits for `measure`, prints what it measured."""
+
+    def __init__(self, method: str, config: dict[str, Any], activation: str, share: float, timeout: int) -> None:
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by measure)
         # A session of its own: the engine's processes go with it, also those that outlive their parent.
-        worker = subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "nvfp4_plugin.cli.bench_vllm"],
             stdin=subprocess.PIPE,
-            stdout=log,
+            stdout=self._log,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        problem = None
-        try:
-            worker.communicate(job, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            problem = f"not done after {timeout} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
-        log.seek(0)
-        output = log.read()
-    lines = [line for line in output.splitlines() if line.startswith(_RESULT)]
-    if lines:
-        return json.loads(lines[-1])
-    sys.stderr.write(output[-6000:])
-    return {"error": f"{problem or f'exit code {worker.returncode}'}, its last lines are on standard error"}
+        assert self._process.stdin is not None
+        job = {"method": method, "config": config, "activation": activation, "memory": share, "folder": self._folder.name}
+        self._process.stdin.write(json_line(job))
+        self._process.stdin.close()
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        while self._process.poll() is None and not until() and time.monotonic() < self._deadline:
+            time.sleep(0.1)
+
+    def wait_until_ready(self) -> None:
+        """Return when the engine has started, or will not any more."""
+        self._wait(Path(self._folder.name, _READY).exists)
+
+    def measure(self) -> dict[str, Any]:
+        """Let the engine work; what the process printed, or an error. The process is gone afterwards."""
+        Path(self._folder.name, _GO).touch()
+        self._wait(lambda: False)
+        code = self._process.poll()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.seek(0)
+        output = self._log.read()
+        self._log.close()
+        self._folder.cleanup()
+        lines = [line for line in output.splitlines() if line.startswith(_RESULT)]
+        if lines:
+            return json.loads(lines[-1])
+        sys.stderr.write(output[-6000:])
+        problem = f"not done after {self._timeout} s" if code is None else f"exit code {code}"
+        return {"error": f"{problem}, its last lines are on standard error"}
+
+
+def _measure(
+    methods: Sequence[str], config: dict[str, Any], activation: str, timeout: int, together: bool
+) -> dict[str, dict[str, Any]]:
+    results: dict[str, dict[str, Any]] = {}
+    for group in [methods] if together else [[method] for method in methods]:
+        share = 0.9 / len(group)
+        workers = {method: _Worker(method, config, activation, share, timeout) for method in group}
+        for worker in workers.values():
+            worker.wait_until_ready()
+        results |= {method: worker.measure() for method, worker in workers.items()}
+    return results
 
 
 def _work() -> None:
@@ -180,11 +218,15 @@ def _work() -> None:
             enable_prefix_caching=False,
             max_model_len=4096,
             max_num_seqs=max(BATCHES),
-            gpu_memory_utilization=0.9,
+            gpu_memory_utilization=job["memory"],
+            kv_cache_memory_bytes=_KV_CACHE_BYTES,
             compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
             **options,
         )
         started = time.perf_counter() - start
+        Path(job["folder"], _READY).touch()
+        while not Path(job["folder"], _GO).exists():
+            time.sleep(0.05)
         rates = {f"decode, batch {batch}": _decode_rate(engine, batch, config["vocab_size"]) for batch in BATCHES}
         rows, length = PREFILL
         seconds = statistics.median(_seconds(engine, rows, length, 1, config["vocab_size"]) for _ in range(4))

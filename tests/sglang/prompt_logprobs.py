@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "sglang"), str(TESTS / "vllm")]
+sys.path[:0] = [str(TESTS), str(TESTS / "sglang")]
 
 
 def with_sglang(model: str, dtype: str, prompt: list[int]) -> list[float]:
