@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -134,6 +134,20 @@ def explain(device: torch.device | str) -> list[Choice]:
                 reason = f"auto is {resolve_activation('auto', device, 1, 4096, 4096)!r} here; {reason}"
             choices.append(Choice(operation, mode, kernel, reason))
     return choices
+
+
+def explain_linear(device: torch.device, activation: str, n: int, k: int, dtype: torch.dtype, rows: Sequence[int]) -> str:
+    """What serves a dense layer [n, k] on a CUDA device, for these numbers of rows in x: "1: none by few, 2 to 64: ..."."""
+    plan = importlib.import_module("nvfp4_kernels.triton.linear").plan
+    spans: list[tuple[str, int, int]] = []
+    for m in sorted(rows):
+        mode = resolve_activation(activation, device, m, n, k)
+        what = f"{mode} by {plan(device, mode, m, n, k, dtype).kernel}"
+        if spans and spans[-1][0] == what:
+            spans[-1] = (what, spans[-1][1], m)
+        else:
+            spans.append((what, m, m))
+    return ", ".join(f"{first}: {what}" if first == last else f"{first} to {last}: {what}" for what, first, last in spans)
 
 
 def _describe(operation: str, device: torch.device) -> tuple[str, str]:

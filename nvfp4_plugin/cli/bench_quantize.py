@@ -33,10 +33,13 @@ TOP_K = 4
 _QUANTIZE = 2 + 0.5625
 BYTES: dict[str, float] = {
     "per_token": _QUANTIZE,
+    "per_token_8x4": _QUANTIZE,
     "per_token_linear": _QUANTIZE,
+    "per_token_no_pdl": _QUANTIZE,
     "per_tensor": _QUANTIZE,
+    "per_tensor_8x4": _QUANTIZE,
     "per_tensor_linear": _QUANTIZE,
-    "per_token_pdl": _QUANTIZE,
+    "per_tensor_no_pdl": _QUANTIZE,
     "silu_per_token": 4 + 0.5625,
     "silu_per_tensor": 4 + 0.5625,
     "permuted": 2 + TOP_K * 0.5625,
@@ -103,12 +106,13 @@ def _call(name: str, rows: int, x: torch.Tensor) -> Callable[[torch.Tensor], obj
 
     base = torch.full((1,), 1 / (448 * 6), device=x.device)
     scale = torch.full((1,), 448 * 6 / 5, device=x.device)
-    layout = SfLayout.layout_linear if name.endswith("linear") else SfLayout.layout_128x4
+    layouts = {"linear": SfLayout.layout_linear, "8x4": SfLayout.layout_8x4}
+    layout = layouts.get(name.rpartition("_")[2], SfLayout.layout_128x4)
     per_token = "per_tensor" not in name
     if name.startswith("silu"):
         return lambda x: nvfp4.silu_and_mul_nvfp4_quantize(x, base if per_token else scale, per_token_activation=per_token)
     if name.startswith("per_"):
-        pdl = name.endswith("pdl")
+        pdl = False if name.endswith("no_pdl") else None
         return lambda x: nvfp4.nvfp4_quantize(
             x, base if per_token else scale, layout, enable_pdl=pdl, per_token_activation=per_token
         )

@@ -238,7 +238,7 @@ def _decode_rate(engine: Any, batch: int, vocabulary: int) -> float:
     """Tokens/s after the first token: what the prompt costs is taken off."""
     _seconds(engine, batch, 16, 8, vocabulary)
     first = statistics.median(_seconds(engine, batch, 16, 1, vocabulary) for _ in range(3))
-    whole = statistics.median(_seconds(engine, batch, 16, 1 + DECODE_TOKENS, vocabulary) for _ in range(2))
+    whole = statistics.median(_seconds(engine, batch, 16, 1 + DECODE_TOKENS, vocabulary) for _ in range(3))
     return batch * DECODE_TOKENS / (whole - first)
 
 

@@ -13,6 +13,7 @@ from nvfp4_kernels import Nvfp4Weight, nvfp4_linear
 from nvfp4_kernels.formats import GROUP_SIZE
 
 from .. import layers
+from ..warmup import warm_up_linear
 from .loading import INPUT_SCALE, Layer, LayerWeights, Slot, Tensors
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class _LinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         k, widths = input_size_per_partition, output_partition_sizes
+        self._dtype = params_dtype
         layers.check_input_size(self.prefix, k, input_size // k)
         # What SGLang expects to find on a layer.
         layer.logical_widths = widths
@@ -90,6 +92,16 @@ class _LinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.plan.warn_unmatched()
         layer.nvfp4_weights.finish(layer)
+        weight, bias = layer.nvfp4_weights.weight(layer, self._names), getattr(layer, "bias", None)
+        warm_up_linear(
+            weight.shape,
+            self._dtype,
+            weight.data.device,
+            self._activation,
+            lambda x: self.apply(layer, x, bias),
+            bias is not None,
+            weight.global_scale.dim(),
+        )
 
     def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weights: LayerWeights = layer.nvfp4_weights

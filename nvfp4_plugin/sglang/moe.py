@@ -19,6 +19,7 @@ from nvfp4_kernels.formats import GROUP_SIZE
 from nvfp4_kernels.reference.moe import ACT_FNS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 
 from .. import layers
+from ..warmup import warm_up_moe
 from .loading import INPUT_SCALE, Layer, LayerWeights, MakeParameter, Slot, Tensors
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class _MoEMethod(FusedMoEMethodBase):
         config = layer.moe_runner_config
         self._check_flags(config)
         self._act_fn = activation_function(self.prefix, config)
+        self._dtype = params_dtype
         inner = intermediate_size_per_partition
         layers.check_input_size(f"{self.prefix} (hidden size)", hidden_size)
         layers.check_input_size(f"{self.prefix} (intermediate size)", inner, layer.moe_tp_size)
@@ -190,6 +192,16 @@ class _MoEMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.plan.warn_unmatched()
         layer.nvfp4_weights.finish(layer)
+        w13 = layer.nvfp4_weights.weight(layer, self._names["w13"])
+        warm_up_moe(
+            w13.shape,
+            self._dtype,
+            w13.data.device,
+            lambda x, topk_weights, topk_ids: self._experts(layer, x, topk_weights, topk_ids),
+            w13.global_scale.dim(),
+            experts=layer.num_local_experts,
+            top_k=layer.top_k,
+        )
 
     def apply(self, layer: Layer, dispatch_output: DispatchOutput) -> CombineInput:
         x, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
@@ -200,9 +212,12 @@ class _MoEMethod(FusedMoEMethodBase):
         if factor is not None and x.is_cuda:
             # SGLang's convention: experts apply it on CUDA, the models themselves everywhere else.
             topk_weights = topk_weights * factor
+        return StandardCombineInput(hidden_states=self._experts(layer, x, topk_weights, topk_ids))
+
+    def _experts(self, layer: Layer, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         weights: LayerWeights = layer.nvfp4_weights
         scale13, scale2 = (weights.parameter(layer, f"{prefix}_{INPUT_SCALE}") for prefix in ("w13", "w2"))
-        out = nvfp4_fused_moe(
+        return nvfp4_fused_moe(
             x,
             weights.weight(layer, self._names["w13"]),
             weights.weight(layer, self._names["w2"]),
@@ -216,7 +231,6 @@ class _MoEMethod(FusedMoEMethodBase):
             apply_router_weight_on_input=self.moe_runner_config.apply_router_weight_on_input,
             backend=self._backend,
         )
-        return StandardCombineInput(hidden_states=out)
 
 
 class Nvfp4MoEMethod(_MoEMethod):

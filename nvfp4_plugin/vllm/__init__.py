@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 METHOD = "nvfp4"
 SUPPORTED = "0.32 and 0.33"
+LOGGERS = ("nvfp4", "nvfp4_plugin")
 
 _HOOKS = {
     "model_executor/layers/quantization/__init__.py": ("register_quantization_config",),
@@ -60,8 +62,19 @@ def register() -> None:
             f"nvfp4-plugin supports vLLM {SUPPORTED}; vLLM {__version__} lacks {', '.join(missing)}: "
             "install a supported vLLM, or another release of nvfp4-plugin"
         )
+    _log_with_vllm()
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from .config import Nvfp4QuantizationConfig
 
     register_quantization_config(METHOD)(Nvfp4QuantizationConfig)
+
+
+def _log_with_vllm() -> None:
+    """Have vLLM's handlers show what this plugin logs: by itself, Python shows warnings alone."""
+    vllm = logging.getLogger("vllm")
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.handlers = list(vllm.handlers)
+            logger.setLevel(vllm.level)

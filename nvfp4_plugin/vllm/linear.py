@@ -21,6 +21,7 @@ from nvfp4_kernels.formats import GROUP_SIZE
 
 from .. import layers
 from ..plan import QuantizationPlan
+from ..warmup import warm_up_linear
 
 Layer = Any
 """A module of vLLM's. To a type checker its attributes, which come as it is built, would be tensors or modules."""
@@ -94,6 +95,17 @@ class _LinearMethod(LinearMethodBase):
         layers.install(layer, weight.prepared(self._activation), self._names)
         layers.set_parameter(layer, "input_decode_scale", input_scale)
         layer._already_called_process_weights_after_loading = True
+        device = weight.data.device
+        bias = None if layer.bias is None else torch.zeros_like(layer.bias, device=device)
+        warm_up_linear(
+            weight.shape,
+            layer.orig_dtype,
+            device,
+            self._activation,
+            lambda x: self.apply(layer, x, bias),
+            bias is not None,
+            weight.global_scale.dim(),
+        )
 
     def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return nvfp4_linear(

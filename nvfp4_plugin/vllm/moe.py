@@ -22,6 +22,7 @@ from nvfp4_kernels.reference.moe import ACT_FNS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LI
 
 from .. import layers
 from ..plan import QuantizationPlan
+from ..warmup import warm_up_moe
 from .linear import Layer, check_loaded, codes, loads_dummy_weights
 
 
@@ -80,6 +81,21 @@ class _MoEMethod(FusedMoEMethodBase):
     def _install(self, layer: Layer, prefix: str, weight: Nvfp4Weight, input_scale: torch.Tensor | None) -> None:
         layers.install(layer, weight.prepared(self._activation), self._names[prefix])
         layers.set_parameter(layer, f"{prefix}_input_decode_scale", input_scale)
+
+    def _finish(self, layer: Layer) -> None:
+        """Both weights are installed."""
+        layer._already_called_process_weights_after_loading = True
+        w13 = layers.installed(layer, self._names["w13"])
+        warm_up_moe(
+            w13.shape,
+            layer.orig_dtype,
+            w13.data.device,
+            lambda x, topk_weights, topk_ids: self.apply(layer, x, topk_weights, topk_ids, None, None),
+            w13.global_scale.dim(),
+            layer.expert_map is not None,
+            experts=layer.global_num_experts,
+            top_k=layer.top_k,
+        )
 
     def apply(  # type: ignore[override]
         self,
@@ -184,7 +200,7 @@ class Nvfp4MoEMethod(_MoEMethod):
                 stored = stored.view(stored.shape[0], -1)
                 input_scale = layers.load_input_scales(stored, parts, names, describe=self.plan.describe)
             self._install(layer, prefix, weight, input_scale)
-        layer._already_called_process_weights_after_loading = True
+        self._finish(layer)
 
 
 def _load_scalar(
@@ -252,4 +268,4 @@ class Nvfp4OnlineMoEMethod(_MoEMethod):
                 reduce_max=(lambda amax: amax_for_moe_weight_quant(amax, self.moe.tp_size)) if self.moe.tp_size > 1 else None,
             )
             self._install(layer, prefix, weight, None)
-        layer._already_called_process_weights_after_loading = True
+        self._finish(layer)

@@ -23,9 +23,9 @@ BOUNDS = {"none": (0.0, 0.05), "fp8_per_token": (0.005, 0.15), "nvfp4_per_token"
 DECODED = 12
 
 
-def _model(kind: str) -> TinyModel:
+def _model(kind: str, **config: Any) -> TinyModel:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return tiny_model(kind, **{**sizes, **SIZES[kind]})
+    return tiny_model(kind, **{**sizes, **SIZES[kind], **config})
 
 
 def _decode(llm: Any) -> tuple[list[int], torch.Tensor]:
@@ -59,3 +59,19 @@ def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
             # A row at a time, by CUDA graphs, comes to what all rows at once come to.
             together = logprobs(llm, PROMPT + tokens)[-DECODED:]
             assert (decoded - together).square().mean().sqrt() < high, activation
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_no_request_waits_for_a_compiler(kind: str, tmp_path: Path) -> None:
+    folder = save(_model(kind, max_position_embeddings=2048), "bf16", tmp_path)
+    settings: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 28,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 2048,
+        "jit_monitor_mode": "error",  # of vLLM: whatever is compiled once the engine has started raises
+    }
+    with engine(folder, **settings) as llm:
+        for length in (1, 3, 7, 12, 30, 50, 100, 200, 500, 1000, 1900):
+            assert logprobs(llm, [3 + i % 200 for i in range(length + 1)]).isfinite().all()

@@ -1,0 +1,84 @@
+"""Compiles a layer's kernels while the model loads, so that no request has to wait for a compiler."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+logger = logging.getLogger("nvfp4_plugin")
+
+_MAX_ROWS = 4096  # what runs with more, runs with these
+ROWS = [1 << i for i in range(_MAX_ROWS.bit_length())]
+_done: set[tuple[Hashable, ...]] = set()
+
+
+def warm_up(what: str, device: torch.device, call: Callable[[int], object], *variant: Hashable) -> bool:
+    """Make `call` for numbers of rows from 1 to 4096, once for each `what` and `variant`; whether this was the time.
+
+    Kernels differ with the number of rows, and Triton compiles each at its first call, here several at once. On a CPU there
+    is nothing to compile.
+    """
+    key = (device, what, *variant)
+    if device.type != "cuda" or key in _done:
+        return False
+    _done.add(key)
+    start = time.perf_counter()
+
+    def run(rows: int) -> None:
+        with torch.cuda.device(device), torch.inference_mode():
+            try:
+                call(rows)
+            except torch.OutOfMemoryError:
+                logger.warning("nvfp4: %s: no memory to compile for %d rows, requests of that size may wait for it", what, rows)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(run, ROWS))
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    logger.info("nvfp4: %s: kernels compiled in %.1f s", what, time.perf_counter() - start)
+    return True
+
+
+def warm_up_linear(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str,
+    call: Callable[[torch.Tensor], object],
+    *variant: Hashable,
+) -> None:
+    """`warm_up` for a dense layer of `shape` [N, K] that `call` takes x [rows, K] through; logs which kernels serve it."""
+    n, k = shape
+    what = f"layers of {n} x {k}"
+    if warm_up(what, device, lambda rows: call(torch.zeros(rows, k, dtype=dtype, device=device)), dtype, *variant):
+        from nvfp4_kernels.dispatch import explain_linear
+
+        logger.info("nvfp4: %s: rows %s", what, explain_linear(device, activation, n, k, dtype, ROWS))
+
+
+def warm_up_moe(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object],
+    *variant: Hashable,
+    experts: int,
+    top_k: int,
+) -> None:
+    """`warm_up` for experts of `shape` [E, 2I, K], of which a token takes `top_k` of `experts`, those of all ranks.
+
+    `call` takes x [rows, K], the router's weights fp32 [rows, top_k] and its choices int32 [rows, top_k] through them.
+    """
+
+    def run(rows: int) -> object:
+        ids = torch.arange(rows * top_k, dtype=torch.int32, device=device).view(rows, top_k) % experts
+        x = torch.zeros(rows, shape[-1], dtype=dtype, device=device)
+        return call(x, torch.ones_like(ids, dtype=torch.float32), ids)
+
+    what = f"experts of {' x '.join(map(str, shape))}, {top_k} a token"
+    warm_up(what, device, run, dtype, *variant)
