@@ -306,6 +306,26 @@ def test_run_prints_times_reasons_and_a_plot(tmp_path, capsys):
     assert first["TFLOP/s"] == pytest.approx(1e9 / (first["microseconds"] * 1e-6) / 1e12)
     assert second == {"layer": "qkv", "M": 1, "name": "peer", "unavailable": "not installed"}
 
+    saved, again = tmp_path / "saved.json", tmp_path / "again.png"
+    saved.write_text(json.dumps(document))
+    shown = one_line(invoke("bench", "show", str(saved), "--plot", str(again)).output)
+    assert "Layers" in shown
+    assert f"{first['microseconds']:,.1f}" in shown
+    assert "peer: not installed" in shown
+    assert again.read_bytes().startswith(b"\x89PNG")
+
+    document["measurements"] = document["measurements"][:2]  # one point
+    saved.write_text(json.dumps(document))
+    again.unlink()
+    invoke("bench", "show", str(saved), "--plot", str(again))
+    assert again.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_that_is_no_run_is_refused(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text('{"a": 1}')
+    assert "is not a benchmark's JSON" in one_line(invoke("bench", "show", str(other), status=2).output)
+
 
 @pytest.mark.parametrize(
     ("arguments", "names"),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from nvfp4_plugin.cli import benchmark
 from nvfp4_plugin.cli.bench_linear import linear
 from nvfp4_plugin.cli.bench_moe import moe
 from nvfp4_plugin.cli.bench_quantize import quantize
@@ -14,3 +19,18 @@ app.command()(quantize)
 app.command()(vllm)
 app.command()(linear)
 app.command()(moe)
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="What --json of quantize, linear or moe printed.", exists=True, dir_okay=False)],
+    plot: benchmark.PlotOption = None,
+) -> None:
+    """Print the table of a saved run, and plot it."""
+    try:
+        document = json.loads(file.read_text())
+        benchmark.show(document)
+    except (ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"{file} is not a benchmark's JSON ({type(error).__name__}: {error})") from None
+    if plot is not None:
+        benchmark.draw(document, plot)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import torch
 
 Call = Callable[[], object]
+Row = Mapping[str, Any]  # an entry of a document's "measurements"
+RATES = ("GB/s", "TFLOP/s")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a plot to this PNG file.", dir_okay=False)]
@@ -199,6 +201,8 @@ def run(
     repeats: int = 30,
 ) -> list[Measurement]:
     """Time the cases, print them, write the plot. Progress goes to standard error."""
+    from nvfp4_plugin.cli.environment import versions
+
     cases = list(cases)
     measurements = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -207,17 +211,20 @@ def run(
             progress.update(task, description=f"{_label(case.point)} {case.name}")
             measurements.append(_measure(case, device, repeats))
             progress.advance(task)
+    document = {
+        "title": title,
+        "device": device_name(device),
+        "versions": versions(),
+        "repeats": repeats,
+        "measurements": [m.as_dict() for m in measurements],
+    }
     if json:
-        json_module.dump(_document(title, device, repeats, measurements), sys.stdout, indent=2)
+        json_module.dump(document, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        console = Console()
-        console.print(table(title, device, measurements))
-        for note in _notes(measurements):
-            console.print(note, style="dim", markup=False, highlight=False)
+        show(document)
     if plot is not None:
-        _plot(title, device, measurements, plot)
-        Console(stderr=True).print(f"Plot written to {plot}", markup=False, highlight=False)
+        draw(document, plot)
     return measurements
 
 
@@ -235,69 +242,63 @@ def _measure(case: Case, device: torch.device, repeats: int) -> Measurement:
             torch.cuda.empty_cache()
 
 
-def _columns(measurements: Sequence[Measurement]) -> list[str]:
-    return list(dict.fromkeys(m.case.name for m in measurements))
+# What --json prints, the document, is also what tables and plots are made of.
 
 
-def _rows(measurements: Sequence[Measurement]) -> list[dict[str, Measurement]]:
-    rows: dict[tuple[tuple[str, str | int], ...], dict[str, Measurement]] = {}
-    for m in measurements:
-        rows.setdefault(tuple(m.case.point.items()), {})[m.case.name] = m
-    return list(rows.values())
+def _point(row: Row) -> dict[str, str | int]:
+    return {key: value for key, value in row.items() if key not in ("name", "unavailable", "microseconds", "timer", *RATES)}
 
 
 def _label(point: Mapping[str, str | int]) -> str:
     return " ".join(value if isinstance(value, str) else f"{key}={value}" for key, value in point.items())
 
 
-def table(title: str, device: torch.device, measurements: Sequence[Measurement]) -> Table:
+def show(document: Mapping[str, Any]) -> None:
+    """Print the table of a run's document, why cells are empty, and which times hold launches."""
+    console = Console()
+    console.print(table(document))
+    rows = document["measurements"]
+    reasons = [f"- {row['name']}: {row['unavailable']}" for row in rows if "unavailable" in row]
+    eager = [
+        f"* {row['name']}: cannot be captured into a CUDA graph, timed with its launches"
+        for row in rows
+        if row.get("timer") == "cuda events"
+    ]
+    for note in dict.fromkeys(reasons + eager):
+        console.print(note, style="dim", markup=False, highlight=False)
+
+
+def table(document: Mapping[str, Any]) -> Table:
     """Rows by point, columns by name, microseconds; the fastest of a row is bold. The first column's rate stands last."""
-    names = _columns(measurements)
-    result = Table(title=f"{title} - {device_name(device)}", caption="microseconds, medians", title_justify="left")
-    for key in measurements[0].case.point if measurements else ():
+    measured: list[Row] = document["measurements"]
+    names = list(dict.fromkeys(row["name"] for row in measured))
+    points: dict[str, dict[str, Row]] = {}
+    for row in measured:
+        points.setdefault(_label(_point(row)), {})[row["name"]] = row
+    result = Table(title=f"{document['title']} - {document['device']}", caption="microseconds, medians", title_justify="left")
+    for key in _point(measured[0]) if measured else ():
         result.add_column(key, justify="left")
     for name in names:
         result.add_column(name, justify="right", overflow="fold")
-    rates = [rate for rate in ("GB/s", "TFLOP/s") if any(rate in m.as_dict() for m in measurements)]
+    rates = [rate for rate in RATES if any(rate in row for row in measured)]
     for rate in rates:
         result.add_column(f"{rate} ({names[0]})", justify="right", overflow="fold", style="dim")
-    for row in _rows(measurements):
-        times = {name: m.timing.seconds for name, m in row.items() if m.timing}
-        cells = [str(value) for value in next(iter(row.values())).case.point.values()]
+    for rows in points.values():
+        times = {name: row["microseconds"] for name, row in rows.items() if "microseconds" in row}
+        cells = [str(value) for value in _point(next(iter(rows.values()))).values()]
         for name in names:
-            text = f"{times[name] * 1e6:,.1f}" if name in times else "-"
+            text = f"{times[name]:,.1f}" if name in times else "-"
             cells.append(f"[bold]{text}[/bold]" if name in times and times[name] == min(times.values()) else text)
-        first = row[names[0]].as_dict() if names[0] in row else {}
-        cells += [f"{first[rate]:,.3g}" if rate in first else "-" for rate in rates]
+        cells += [f"{rows[names[0]][rate]:,.3g}" if rate in rows.get(names[0], ()) else "-" for rate in rates]
         result.add_row(*cells)
     return result
 
 
-def _notes(measurements: Sequence[Measurement]) -> list[str]:
-    """What a reader of the table has to know: why cells are empty, which times hold launches."""
-    reasons = dict.fromkeys(f"- {m.case.name}: {m.reason}" for m in measurements if m.timing is None)
-    eager = dict.fromkeys(
-        f"* {m.case.name}: cannot be captured into a CUDA graph, timed with its launches"
-        for m in measurements
-        if m.timing and m.timing.timer == "cuda events"
-    )
-    return [*reasons, *eager]
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Plot a run's document into a PNG file.
 
-
-def _document(title: str, device: torch.device, repeats: int, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    from nvfp4_plugin.cli.environment import versions
-
-    return {
-        "title": title,
-        "device": device_name(device),
-        "versions": versions(),
-        "repeats": repeats,
-        "measurements": [m.as_dict() for m in measurements],
-    }
-
-
-def _plot(title: str, device: torch.device, measurements: Sequence[Measurement], path: Path) -> None:
-    """One panel for each value of the string keys of the points; the last integer key runs along x."""
+    One panel for each value of the points' other keys; the last integer key runs along x. A panel of one point has bars.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -305,36 +306,43 @@ def _plot(title: str, device: torch.device, measurements: Sequence[Measurement],
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [m for m in measurements if m.timing]
-    axis = next((key for m in timed for key, value in reversed(list(m.case.point.items())) if isinstance(value, int)), None)
-    panels: dict[str, dict[str, list[tuple[int | str, float]]]] = {}
-    for m in timed:
-        rest = _label({key: value for key, value in m.case.point.items() if key != axis})
-        x = m.case.point[axis] if axis is not None else m.case.name
-        assert m.timing
-        panels.setdefault(rest, {}).setdefault(m.case.name, []).append((x, m.timing.seconds * 1e6))
+    timed: list[Row] = [row for row in document["measurements"] if "microseconds" in row]
+    axis = next((key for row in timed for key, value in reversed(_point(row).items()) if isinstance(value, int)), None)
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["name"] for row in timed))}
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in timed:
+        label = _label({key: value for key, value in _point(row).items() if key != axis})
+        x = row[axis] if axis is not None else 0
+        panels.setdefault(label, {}).setdefault(row["name"], []).append((x, row["microseconds"]))
     columns = max(1, min(3, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure, axes = pyplot.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False)
     for unused in axes.flat[len(panels) :]:
         unused.set_visible(False)
     for panel, (label, lines) in zip(axes.flat, panels.items(), strict=False):
-        for name, points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker="o", label=name)
-        if axis is not None:
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        if len(ticks) == 1:
+            bars = panel.barh(list(lines), [points[0][1] for points in lines.values()], color=[colors[name] for name in lines])
+            panel.bar_label(bars, fmt="%.4g", padding=2)
+            panel.margins(x=0.15)
+            panel.invert_yaxis()
+            panel.set_xlabel("microseconds")
+            label += f" {axis}={ticks[0]:,}" if axis is not None else ""
+        else:
+            for name, points in lines.items():
+                panel.plot(*zip(*points, strict=True), marker="o", label=name, color=colors[name])
             panel.set_xscale("log", base=2)
-            ticks = sorted({x for points in lines.values() for x, _ in points})
             panel.set_xticks(ticks, labels=[f"{x:,}" for x in ticks], rotation=45 if len(ticks) > 6 else 0)
             panel.minorticks_off()
-        panel.set_yscale("log")
-        panel.set_xlabel(axis or "")
-        panel.set_ylabel("microseconds")
+            panel.set_yscale("log")
+            panel.set_xlabel(axis or "")
+            panel.set_ylabel("microseconds")
+            panel.grid(True, which="both", alpha=0.3)
+            panel.legend(fontsize="small")
         panel.set_title(label)
-        panel.grid(True, which="both", alpha=0.3)
-    if panels:
-        axes.flat[0].legend()
-    figure.suptitle(f"{title} - {device_name(device)}")
+    figure.suptitle(f"{document['title']} - {document['device']}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    Console(stderr=True).print(f"Plot written to {path}", markup=False, highlight=False)
