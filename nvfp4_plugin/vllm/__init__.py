@@ -71,10 +71,6 @@ def register() -> None:
 
 
 def _log_with_vllm() -> None:
-    """Have vLLM's handlers show what this plugin logs: by itself, Python shows warnings alone."""
-    vllm = logging.getLogger("vllm")
+    """Give this plugin's log vLLM's level and handlers, which come later: by itself, Python shows warnings alone."""
     for name in LOGGERS:
-        logger = logging.getLogger(name)
-        if not logger.handlers:
-            logger.handlers = list(vllm.handlers)
-            logger.setLevel(vllm.level)
+        logging.getLogger(name).parent = logging.getLogger("vllm")
