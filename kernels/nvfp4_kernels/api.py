@@ -95,7 +95,9 @@ def nvfp4_quantize(
     do_shuffle: rows in the order of TRT-LLM's transposed epilogue; asks for layout_128x4 and M % 128 == 0; the scales
         come back in the linear shape [M, K/16] (K/16 rounded up to a multiple of 4).
     sf_vec_size: 16.
-    enable_pdl: launch with programmatic dependent launch (SM90 and newer).
+    enable_pdl: launch with programmatic dependent launch, so that the start of this kernel overlaps with the end of the one
+        before it in the stream (it waits for that one before it reads or writes). None: on SM90 and newer, as FlashInfer
+        has it; older devices ignore it.
     per_token_activation: one fp32 scale for each row, worked out here.
     expanded_idx_to_permuted_idx: int32, one or two dimensions: the rows of `a` to quantize, in place; negative entries
         are skipped, rows that no entry names come back as zeros. An entry of M or more is an error on the CPU and is
@@ -118,7 +120,7 @@ def nvfp4_quantize(
     scale = _scalar_or_rows("a_global_sf", a_global_sf, a, 1 if per_token_activation else a.shape[0])
     row_index = None if expanded_idx_to_permuted_idx is None else expanded_idx_to_permuted_idx.reshape(-1)
     x_q, sf, per_token_scale = ops.quantize(
-        a, scale, int(layout), do_shuffle, per_token_activation, row_index, FAST_MATH, bool(enable_pdl), backend
+        a, scale, int(layout), do_shuffle, per_token_activation, row_index, FAST_MATH, enable_pdl is not False, backend
     )
     return (x_q, sf, per_token_scale) if per_token_activation else (x_q, sf)
 

@@ -121,7 +121,8 @@ def _call(name: str, rows: int, x: torch.Tensor) -> Callable[[torch.Tensor], obj
         return lambda x: nvfp4.nvfp4_permute_quantize(x, index, rows=rows * TOP_K)
     if name == "dequantize":
         x_q, sf = nvfp4.nvfp4_quantize(x, scale)
-        return lambda x: nvfp4.nvfp4_dequantize(x_q, sf, 1 / scale, dtype=torch.bfloat16)
+        inverse = 1 / scale
+        return lambda x: nvfp4.nvfp4_dequantize(x_q, sf, inverse, dtype=torch.bfloat16)
     if name == "compiled_reference":
         return partial(_compiled_reference(), base)
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < 10:

@@ -73,7 +73,7 @@ def test_ten_thousand_random_cases(dtype: torch.dtype, layout: SfLayout):
     for case in range(CASES):
         # Mostly small shapes; every way to hold a row comes up.
         k = 16 * random.choice([*range(1, 129)] * 3 + [256, 257, 511, 640, 1024, 1040])
-        m = random.choice([random.randrange(1, 20), random.randrange(1, 400)]) if k <= 2048 else random.choice([1, 5, 66])
+        m = random.choice([random.randrange(1, 20), random.randrange(1, 400)]) if k <= 2048 else random.choice([1, 5, 20, 66])
         per_token = random.random() < 0.5
         form = random.choice(["all", "out", "named", "listed"])
         shuffle = layout == SfLayout.layout_128x4 and form == "all" and random.random() < 0.2
@@ -84,7 +84,7 @@ def test_ten_thousand_random_cases(dtype: torch.dtype, layout: SfLayout):
             g = base() * random.choice([1.0, 448 / 256])
         else:
             g = torch.rand(random.choice([1, m]), device="cuda") * random.choice([1e-3, 1.0, 1e3])
-        options = {"layout": int(layout), "per_token": per_token}
+        options = {"layout": int(layout), "per_token": per_token, "pdl": True}
         label = f"seed {seed}, case {case}: {[m, k]} {form} {options} shuffle={shuffle}"
         if form in ("named", "listed"):
             index = torch.randint(-2, m + 2, (random.randrange(1, 2 * m + 1),), dtype=torch.int32, device="cuda")
@@ -118,7 +118,9 @@ def test_ten_thousand_random_cases(dtype: torch.dtype, layout: SfLayout):
 @pytest.mark.parametrize("layout", list(SfLayout))
 def test_permute_quantize(layout: SfLayout):
     for _ in range(150):
-        tokens, top_k, k = random.randrange(1, 300), random.choice([1, 2, 4, 8]), 16 * random.randrange(1, 200)
+        # A kernel is compiled for each top_k, dtype and power of two of blocks.
+        tokens, top_k = random.randrange(1, 300), random.choice([1, 3, 8])
+        k = 16 * random.randrange(*random.choice([(9, 17), (65, 129), (129, 257)]))
         rows = tokens * top_k + random.randrange(300)
         x = matrix(tokens, k, random.choice(DTYPES), special=random.random() < 0.5)
         index = torch.randperm(rows, device="cuda")[: tokens * top_k].view(tokens, top_k).int()
@@ -219,7 +221,8 @@ def graph_forms() -> dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[torc
     c = base()
     return {
         "per tensor": lambda x, index: nvfp4_quantize(x, g),
-        "per token, pdl": lambda x, index: nvfp4_quantize(x, c, enable_pdl=True, per_token_activation=True),
+        "per token": lambda x, index: nvfp4_quantize(x, c, per_token_activation=True),
+        "per token, no pdl": lambda x, index: nvfp4_quantize(x, c, enable_pdl=False, per_token_activation=True),
         "named rows": lambda x, index: nvfp4_quantize(
             x, c, per_token_activation=True, expanded_idx_to_permuted_idx=index[: len(x)]
         ),
@@ -229,7 +232,9 @@ def graph_forms() -> dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[torc
     }
 
 
-@pytest.mark.parametrize("form", ["per tensor", "per token, pdl", "named rows", "permuted", "silu", "dequantize"])
+@pytest.mark.parametrize(
+    "form", ["per tensor", "per token", "per token, no pdl", "named rows", "permuted", "silu", "dequantize"]
+)
 def test_cuda_graphs_replay_on_new_data(form: str):
     call = graph_forms()[form]
     x = matrix(40, 1024)
@@ -262,18 +267,37 @@ def test_no_call_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_programmatic_launches_see_what_came_before():
-    """A chain of quantizations, each of what the one before it gave: an early start would read stale rows."""
-    x = torch.randn(512, 4096, device="cuda").bfloat16()
-    chain = [x]
+@pytest.mark.parametrize("m", [3, 4096])
+def test_programmatic_launches_see_what_came_before(m: int):
+    """Chains in which each call reads what the one before it wrote: an early start would read stale rows."""
+    g = torch.full((1,), 300.0, device="cuda")
+    last = []
     for pdl in (False, True):
-        current = x
+        torch.manual_seed(m)
+        x = torch.randn(m, 16384, device="cuda").bfloat16()
         for _ in range(20):
-            x_q, sf = nvfp4_quantize(current, torch.full((1,), 300.0, device="cuda"), enable_pdl=pdl)
-            current = nvfp4_dequantize(x_q, sf, 1 / 310, dtype=torch.bfloat16)
-        chain.append(current)
-    assert torch.equal(chain[1], chain[2])
-    assert chain[1].isfinite().all()
+            # An ordinary kernel in between.
+            current = nvfp4_dequantize(*nvfp4_quantize(x, g, enable_pdl=pdl), 1 / 310, dtype=torch.bfloat16)
+            # None: each reads the codes of the one before it as e4m3 values, in memory that the allocator hands round.
+            for per_token in (True, False, True):
+                codes = nvfp4_quantize(current, base() if per_token else g, enable_pdl=pdl, per_token_activation=per_token)[0]
+                current = codes.view(torch.float8_e4m3fn)
+            x = torch.where(x.isfinite(), x, 1.0).roll(1) + current.view(torch.uint8).repeat(1, 8).to(x.dtype) / 1000
+        last.append((x, current.view(torch.uint8)))
+    assert torch.equal(last[0][0], last[1][0])
+    assert torch.equal(last[0][1], last[1][1])
+    assert last[0][0].isfinite().all()
+
+
+def test_programmatic_launches_write_after_what_came_before():
+    """Two calls into the same outputs: the second one's rows stay, however early it starts."""
+    first, second = (torch.randn(8192, 4096, device="cuda").bfloat16() for _ in range(2))
+    expected = reference.quantize(second, base(), layout=0, per_token=True)
+    for _ in range(20):
+        out = tuple(torch.empty_like(t) for t in expected)
+        kernels.quantize(first, base(), layout=0, per_token=True, pdl=True, out=out)
+        kernels.quantize(second, base(), layout=0, per_token=True, pdl=True, out=out)
+        assert same(out, expected)
 
 
 @pytest.mark.parametrize("layout", list(SfLayout))

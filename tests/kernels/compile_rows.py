@@ -55,6 +55,7 @@ _QUANTIZE = {
     "BLOCK_M": 1,
     "BLOCKS": 128,
     "CHUNKS": 2,
+    "SHARED": False,
     "PAD_WORDS": 1024,
 }
 
@@ -76,11 +77,27 @@ ROWS = (
     _quantize("quantize per tensor", PER_TOKEN=False, CHUNKS=1, warps=2),
     _quantize("quantize per token fp16 linear", x="*fp16", LAYOUT=2),
     _quantize("quantize per token fp8", x="*u8", LAYOUT=1),
-    _quantize("quantize few rows", BLOCKS=512, CHUNKS=2, warps=16),
+    _quantize("quantize few rows", BLOCKS=128, CHUNKS=7, SHARED=True, warps=8),
     _quantize("quantize two passes", BLOCKS=512, CHUNKS=0, warps=8),
     _quantize("quantize fast", FAST=True),
     _quantize("permute_quantize", ROWS="scattered", TOP_K=8),
     _quantize("silu_and_mul_quantize", SILU=True),
+    Row(
+        "place scales",
+        "quantize:place_kernel",
+        {
+            "token_of": "*i32",
+            "scales": "*u8",
+            "scale": "*fp32",
+            "x_q": "*u8",
+            "sf": "*u8",
+            "token_scale": "*fp32",
+            **dict.fromkeys(("out_rows", "blocks", "padded_blocks"), "i32"),
+        },
+        {"LAYOUT": 0, "BLOCKS": 64, "PDL": False},
+        ("token_of", "scales", "scale", "x_q", "sf", "token_scale", "padded_blocks"),
+        options={},
+    ),
     Row(
         "dequantize",
         "quantize:dequantize_kernel",

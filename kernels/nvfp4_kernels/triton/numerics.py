@@ -235,14 +235,23 @@ def times_sixth(x):
 
 
 @triton.jit
-def token_scales(amax, inverse_base, FAST: tl.constexpr, ARCH: tl.constexpr):
-    """The per-token rule: row maxima to encode scales G and per_token_scale; both 0 for rows of zeros."""
+def token_base(inverse_base, FAST: tl.constexpr, ARCH: tl.constexpr):
+    """What `token_scales` makes of the inverse base before it knows a row: its reciprocal, or itself with FAST."""
+    return inverse_base if FAST else reciprocal(inverse_base, False, ARCH)
+
+
+@triton.jit
+def token_scales(amax, base, FAST: tl.constexpr, ARCH: tl.constexpr):
+    """The per-token rule: row maxima to encode scales G and per_token_scale; both 0 for rows of zeros.
+
+    base: `token_base` of the inverse base.
+    """
     zero = amax == 0.0
     if FAST:
-        scale = amax * inverse_base
+        scale = amax * base
         g = tl.where(zero, 0.0, reciprocal(scale, True, ARCH))
     else:
-        g = tl.where(zero, 0.0, clamp_finite(divide(reciprocal(inverse_base, False, ARCH), amax, ARCH)))
+        g = tl.where(zero, 0.0, clamp_finite(divide(base, amax, ARCH)))
         scale = tl.where(zero, 0.0, reciprocal(g, False, ARCH))
     return g, scale
 

@@ -1,8 +1,8 @@
 """Activation quantization on the GPU: the Triton twins of `reference/quantize.py`.
 
 One kernel serves every form. A program takes BLOCK_M rows by BLOCKS blocks of 16 along K; per token it takes whole rows and
-keeps them in registers (rows of more than BLOCKS blocks are read a second time, then from L2). Values are loaded as words of
-two neighbours, 16 bytes a thread, so that two threads share a block of 16 and each writes four bytes of codes.
+keeps them in registers (very long ones are read a second time, then from L2). Values are loaded as words of two neighbours,
+16 bytes at once: a block of 16 belongs to one thread, or to two where rows are few.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .numerics import (
     quotient,
     reciprocal,
     round_pair,
+    token_base,
     token_scales,
     unpack_pair,
     word_pointer,
@@ -38,6 +39,7 @@ _LAYOUT_128X4 = tl.constexpr(int(SfLayout.layout_128x4))
 _LAYOUT_8X4 = tl.constexpr(int(SfLayout.layout_8x4))
 _LAYOUT_LINEAR = tl.constexpr(int(SfLayout.layout_linear))
 _PAD_WORDS = 1024  # four-byte words of padding scales that a program zeroes
+_PLACE_BLOCKS = 64  # blocks of 16, of 128 rows, whose scales a program takes to their rows
 _FEW_ROWS = 132  # up to here each row can have a multiprocessor to itself
 _MAX_BLOCKS = 1024  # blocks of 16 that a program holds in registers: K up to 16384
 
@@ -73,19 +75,6 @@ def _load_words(x, row_offset, live, block, blocks, SILU: tl.constexpr, ARCH: tl
         up_low, up_high = unpack_pair(tl.load(word_pointer(x) + (offset + blocks * 8), mask=mask, other=0), dtype)
         words = round_pair(_silu_and_mul(low, up_low, ARCH), _silu_and_mul(high, up_high, ARCH), dtype, ARCH)
     return words
-
-
-@triton.jit
-def _zero_rows(x_q, sf, token_scale, row, empty, blocks, padded_blocks, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
-    """Zero the `empty` ones of rows `row` [rows] in all three outputs."""
-    for start in range(0, padded_blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        at = row[:, None] * blocks + block
-        codes = x_q + (at[:, :, None] * 8 + tl.arange(0, 8))
-        tl.store(codes, tl.zeros(codes.shape, tl.uint8), mask=(empty[:, None] & (block < blocks))[:, :, None])
-        scales = sf + scale_offset(row[:, None], block, padded_blocks, LAYOUT)
-        tl.store(scales, tl.zeros(scales.shape, tl.uint8), mask=empty[:, None] & (block < padded_blocks))
-    tl.store(token_scale + row, tl.zeros(row.shape, tl.float32), mask=empty)
 
 
 @triton.jit
@@ -133,8 +122,11 @@ def _quantize_tile(
         at = (target[:, None] * blocks + block) * 8
         mask = (written[:, None] & (block < blocks))[:, :, None]
         tl.store(x_q + (at[:, :, None] + tl.arange(0, 8)), codes, mask=mask)
-        at = scale_offset(target[:, None], block, padded_blocks, LAYOUT)
-        tl.store(sf + at, scale, mask=written[:, None] & (block < padded_blocks))
+        if ROWS != "scattered":
+            at = scale_offset(target[:, None], block, padded_blocks, LAYOUT)
+            tl.store(sf + at, scale, mask=written[:, None] & (block < padded_blocks))
+    if ROWS == "scattered":
+        tl.store(sf + (row[:, None] * padded_blocks + block), scale, mask=live[:, None] & (block < padded_blocks))
 
 
 @triton.jit(do_not_specialize=["m", "out_rows", "pad_start", "blocks", "x_stride", "g_stride"])
@@ -142,20 +134,24 @@ def quantize_kernel(
     x, a_global_sf, index, named, x_q, sf, token_scale, m, out_rows, pad_start, blocks, padded_blocks, x_stride, g_stride,
     LAYOUT: tl.constexpr, PER_TOKEN: tl.constexpr, SHUFFLE: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
     TOP_K: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
-    CHUNKS: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr,
+    CHUNKS: tl.constexpr, SHARED: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """x [m, K] (or [m, 2K] with SILU) to x_q [out_rows, K/2], its scales in sf and token_scale [out_rows].
 
     `x_stride` counts words of two values. A program takes BLOCK_M rows by BLOCKS blocks, with PER_TOKEN whole rows: CHUNKS
-    times BLOCKS blocks stay in registers, CHUNKS = 0 reads a row twice. ROWS says which rows:
+    times BLOCKS blocks stay in registers, CHUNKS = 0 reads a row twice. With SHARED a row has CHUNKS programs: each takes the
+    maximum of the whole row and quantizes one chunk of it. ROWS says which rows:
     "all"; "named": those whose flag in `named` is set, zeros for the others; "listed": the m entries of `index`, other rows
-    stay as they are; "scattered": row i goes to rows index[i, :TOP_K], and programs behind those of the tokens zero the rows
-    without a flag in `named`. An entry outside [0, out_rows) is skipped. Programs from pad_start on zero padding scales.
+    stay as they are; "scattered": the codes of row i go to rows index[i, :TOP_K], each of which gets i in `named`; scales stay
+    in the order of x, [m, padded_blocks] and [m], for `place_kernel`. An entry outside [0, out_rows) is skipped. Programs from
+    pad_start on zero padding scales.
     """
     if PDL:
         gdc_wait()
+        # Every program that may start now waits as this one did: nothing it does overtakes what is written here.
+        gdc_launch_dependents()
     program = tl.program_id(0)
-    if LAYOUT != _LAYOUT_LINEAR and ROWS != "listed":  # noqa: SIM102 (known when compiling; the next one is not)
+    if LAYOUT != _LAYOUT_LINEAR and (ROWS == "all" or ROWS == "named"):  # noqa: SIM102 (known when compiling; the next one is not)
         if program >= pad_start:
             _zero_padding(sf, program - pad_start, out_rows, padded_blocks, LAYOUT, PAD_WORDS)
             return
@@ -164,15 +160,11 @@ def quantize_kernel(
         parts = tl.cdiv(padded_blocks, BLOCKS)
         first_block = (program % parts) * BLOCKS
         program = program // parts
+    part = 0
+    if SHARED:
+        part = program % CHUNKS
+        program = program // CHUNKS
     row = program.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-
-    if ROWS == "scattered":
-        token_programs = tl.cdiv(m, BLOCK_M)
-        if program >= token_programs:
-            row -= token_programs.to(tl.int64) * BLOCK_M
-            empty = (row < out_rows) & (tl.load(named + row, mask=row < out_rows, other=1) == 0)
-            _zero_rows(x_q, sf, token_scale, row, empty, blocks, padded_blocks, LAYOUT, BLOCKS)
-            return
 
     if ROWS == "listed":
         row = tl.load(index + row, mask=row < m, other=-1).to(tl.int64)
@@ -184,12 +176,17 @@ def quantize_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     row_offset = tl.multiple_of(row * x_stride, 64 // dtype.primitive_bitwidth)  # 16 bytes
     block = first_block + tl.arange(0, BLOCKS)
+    # The scale is asked for ahead of the row, so that it is there when the row's maximum is.
+    if PER_TOKEN:
+        base = token_base(tl.load(a_global_sf), FAST, ARCH)
+    else:
+        g = tl.load(a_global_sf + row * g_stride, mask=live, other=0.0)
 
     # A row that fits is held as it was loaded (words), not as the fp32 values that it unpacks to.
     words = ()  # type: tuple
     maxima = ()  # type: tuple
     for i in tl.static_range(CHUNKS):
-        words += (_load_words(x, row_offset, live, block + i * BLOCKS, blocks, SILU, ARCH),)
+        words += (_load_words(x, row_offset, live, block + (part + i) % CHUNKS * BLOCKS, blocks, SILU, ARCH),)
     for i in tl.static_range(CHUNKS):
         maxima += (max_magnitude_of_words(words[i], dtype, ARCH),)
     if PER_TOKEN:
@@ -202,21 +199,21 @@ def quantize_kernel(
                 tile = _load_words(x, row_offset, live, start + block, blocks, SILU, ARCH)
                 bits = tl.maximum(bits, max_magnitude_of_words(tile, dtype, ARCH).to(tl.int32, bitcast=True))
         row_amax = tl.max(bits, 1).to(tl.float32, bitcast=True)
-        inverse_base = tl.load(a_global_sf)
-        g, scale = token_scales(row_amax, inverse_base, FAST, ARCH)
+        g, scale = token_scales(row_amax, base, FAST, ARCH)
         scale = tl.where(live, scale, 0.0)
         for j in tl.static_range(TOP_K):
             target, written = _target_rows(row, live, index, j, out_rows, SHUFFLE, ROWS, TOP_K)
-            tl.store(token_scale + target, scale, mask=written)
-    else:
-        g = tl.load(a_global_sf + row * g_stride, mask=live, other=0.0)
-    if PDL:
-        gdc_launch_dependents()
+            if ROWS == "scattered":
+                tl.store(named + target, row.to(tl.int32), mask=written)
+            else:
+                tl.store(token_scale + target, scale, mask=written & (part == 0))
+        if ROWS == "scattered":
+            tl.store(token_scale + row, scale, mask=live)
     inverse_g = reciprocal(g, FAST, ARCH)
-    for i in tl.static_range(CHUNKS):
+    for i in tl.static_range(1 if SHARED else CHUNKS):
         _quantize_tile(
-            words[i], maxima[i], g, inverse_g, x_q, sf, row, live, index, block + i * BLOCKS, out_rows, blocks,
-            padded_blocks, dtype, LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
+            words[i], maxima[i], g, inverse_g, x_q, sf, row, live, index, block + (part + i) % CHUNKS * BLOCKS, out_rows,
+            blocks, padded_blocks, dtype, LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
         )  # fmt: skip
     if CHUNKS == 0:
         for start in range(0, padded_blocks, BLOCKS):
@@ -226,6 +223,61 @@ def quantize_kernel(
                 tile, amax, g, inverse_g, x_q, sf, row, live, index, start + block, out_rows, blocks, padded_blocks, dtype,
                 LAYOUT, SHUFFLE, ROWS, TOP_K, FAST, ARCH,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["out_rows", "blocks"])
+def place_kernel(
+    token_of, scales, scale, x_q, sf, token_scale, out_rows, blocks, padded_blocks,
+    LAYOUT: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Take the scales of tokens, scales [T, padded_blocks] and scale [T], to the rows that token_of [out_rows] names them for.
+
+    A program takes 128 rows by BLOCKS blocks. Rows without a token (-1) get zeros, codes included; padding gets zeros.
+    Scattered by the tokens themselves, four bytes of a row at a time, the scales of a tile would reach memory as many partial
+    writes: here they leave as whole tiles.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    parts = tl.cdiv(padded_blocks, BLOCKS)
+    first_row = (tl.program_id(0) // parts).to(tl.int64) * 128
+    part = tl.program_id(0) % parts
+    row = first_row + tl.arange(0, 128)
+    token = tl.load(token_of + row, mask=row < out_rows, other=-1).to(tl.int64)
+    named = token >= 0
+    WORDS: tl.constexpr = BLOCKS // 4
+    if LAYOUT == _LAYOUT_LINEAR:
+        block = part * BLOCKS + tl.arange(0, BLOCKS)
+        at = token[:, None] * padded_blocks + block
+        values = tl.load(scales + at, mask=named[:, None] & (block < padded_blocks), other=0)
+        tl.store(sf + row[:, None] * padded_blocks + block, values, mask=(row < out_rows)[:, None] & (block < padded_blocks))
+    else:
+        word = part * WORDS + tl.arange(0, WORDS)
+        row_words = padded_blocks // 4
+        at = token[:, None] * row_words + word
+        scale_words = scales.to(tl.pointer_type(tl.int32), bitcast=True)
+        values = tl.load(scale_words + at, mask=named[:, None] & (word < row_words), other=0)
+        # In the order of the scale tensor: [tile of rows, word along K, row of the tile].
+        sf_words = sf.to(tl.pointer_type(tl.int32), bitcast=True)
+        if LAYOUT == _LAYOUT_128X4:
+            values = values.reshape(4, 32, WORDS).permute(2, 1, 0).reshape(WORDS, 128)
+            at = first_row * row_words + (word * 128)[:, None] + tl.arange(0, 128)
+            tl.store(sf_words + at, values, mask=(word < row_words)[:, None])
+        else:
+            values = values.reshape(16, 8, WORDS).permute(0, 2, 1)
+            tile = first_row // 8 + tl.arange(0, 16)
+            at = tile[:, None, None] * (row_words * 8) + (word * 8)[None, :, None] + tl.arange(0, 8)
+            mask = (tile * 8 < out_rows)[:, None, None] & (word < row_words)[None, :, None]
+            tl.store(sf_words + at, values, mask=mask)
+    if part == 0:
+        tl.store(token_scale + row, tl.load(scale + token, mask=named, other=0.0), mask=row < out_rows)
+    if tl.min(tl.where(row < out_rows, token, 0), 0) < 0:
+        block = part * BLOCKS + tl.arange(0, BLOCKS)
+        for start in range(0, 128, 8):
+            few = first_row + start + tl.arange(0, 8)
+            empty = tl.load(token_of + few, mask=few < out_rows, other=0) < 0
+            codes = x_q + (((few[:, None] * blocks + block) * 8)[:, :, None] + tl.arange(0, 8))
+            tl.store(codes, tl.zeros(codes.shape, tl.uint8), mask=(empty[:, None] & (block < blocks))[:, :, None])
 
 
 @triton.jit(do_not_specialize=["entries", "rows"])
@@ -280,26 +332,41 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program takes: `rows` rows by `chunks` * `blocks` blocks of 16 (0 chunks: rows in two passes), and its warps."""
+    """What a program takes: `rows` rows by `chunks` * `blocks` blocks of 16 (0 chunks: rows in two passes), and its warps.
+
+    shared: `chunks` programs share a row. Each reads all of it for its maximum and quantizes a chunk.
+    """
 
     rows: int
     blocks: int
     chunks: int
     warps: int
+    shared: bool = False
 
 
-def tile(rows: int, blocks: int, per_token: bool, silu: bool) -> Tile:
-    """The tile for `rows` rows of `blocks` blocks, as measured on an H100 (docs/kernel-notes.md)."""
+def tile(rows: int, blocks: int, per_token: bool, silu: bool = False, shared: bool = False) -> Tile:
+    """The tile for `rows` rows of `blocks` blocks, as measured on an H100 (docs/kernel-notes.md).
+
+    shared: programs may share a row.
+    """
     width = triton.next_power_of_2(blocks)
     few = rows <= _FEW_ROWS
     if not per_token:
-        # One block of 16 a thread for silu and for few rows, else two.
-        width = min(width, 128)
-        return Tile(max(1, 128 // width), width, 1, 4 if silu or few else 2)
+        # One block of 16 a thread for silu; two threads a block for few rows; else two blocks a thread.
+        width = min(width, 64 if few and not silu else 128)
+        return Tile(max(1, (64 if few and not silu else 128) // width), width, 1, 4 if silu or few else 2)
     if width > _MAX_BLOCKS:
         return Tile(1, 512, 0, 16 if silu else 8)
     if width <= 128:
-        return Tile(max(1, 64 // width), width, 1, max(1, width * (2 if silu else 1) // 64))
+        return Tile(max(1, 64 // width), width, 1, max(1, width * (2 if silu or few else 1) // 64))
+    if few and shared:
+        # Reading a row again costs little while there are more multiprocessors than rows.
+        parts = triton.cdiv(blocks, 128)
+        if rows * parts <= _FEW_ROWS // 2:
+            return Tile(1, 128, parts, 4 if parts == 2 else 8, shared=True)
+        parts = triton.cdiv(blocks, 256)
+        if rows * parts <= _FEW_ROWS:
+            return Tile(1, 256, parts, 8, shared=parts > 1)
     if few:
         # A program has a multiprocessor to itself: as many warps as there is work for.
         chunks = 1 if width == 256 else 2
@@ -340,20 +407,20 @@ def _launch(
     shuffle: bool = False,
     silu: bool = False,
     fast: bool = False,
-    pdl: bool = False,
+    pdl: bool = True,
 ) -> None:
     x_q, sf, token_scale = out
     blocks = k // GROUP_SIZE
     padded_blocks = blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4)
     m = index.numel() if rows_mode == "listed" and index is not None else x.shape[0]
-    config = tile(m, padded_blocks, per_token, silu)
+    config = tile(m, padded_blocks, per_token, silu, shared=not silu and rows_mode != "scattered")
     programs = triton.cdiv(m, config.rows)
-    if rows_mode == "scattered":
-        programs += triton.cdiv(x_q.shape[0], config.rows)
     if not per_token:
         programs *= triton.cdiv(padded_blocks, config.blocks)
+    elif config.shared:
+        programs *= config.chunks
     pad_start = programs
-    if rows_mode != "listed" and sf.shape[0] > x_q.shape[0]:
+    if rows_mode in ("all", "named") and sf.shape[0] > x_q.shape[0]:
         tile_words = padded_blocks * (128 if layout == SfLayout.layout_128x4 else 8) // 4
         programs += triton.cdiv(tile_words, _PAD_WORDS)
     if not programs:
@@ -389,6 +456,7 @@ def _launch(
         BLOCK_M=config.rows,
         BLOCKS=config.blocks,
         CHUNKS=config.chunks,
+        SHARED=config.shared,
         PAD_WORDS=_PAD_WORDS,
         ARCH=arch,
         num_warps=config.warps,
@@ -483,22 +551,44 @@ def permute_quantize(
 
     As `reference.quantize.permute_quantize`; entries at `rows` or above are skipped.
     """
-    out = _empty(x, rows, x.shape[1], layout, True)
+    tokens, k = x.shape
+    out = _empty(x, rows, k, layout, True)
+    blocks = k // GROUP_SIZE
+    padded_blocks = blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4)
+    scales = torch.empty(tokens, padded_blocks, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    token_of = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
     index = index.contiguous()
     with on_device(x):
         _launch(
             x,
-            x.shape[1],
+            k,
             a_global_sf,
-            out,
+            (out[0], scales, scale),
             layout=layout,
             per_token=True,
             rows_mode="scattered",
             index=index,
-            named=_flags(index, rows),
+            named=token_of,
             top_k=index.shape[1],
             fast=fast,
         )
+        if rows:
+            pdl = arch_of(x.device) >= 90
+            place_kernel[(triton.cdiv(rows, 128) * triton.cdiv(padded_blocks, _PLACE_BLOCKS),)](
+                token_of,
+                scales,
+                scale,
+                *out,
+                rows,
+                blocks,
+                padded_blocks,
+                LAYOUT=layout,
+                BLOCKS=_PLACE_BLOCKS,
+                PDL=pdl,
+                num_warps=4,
+                launch_pdl=pdl,
+            )
     return out
 
 
@@ -520,7 +610,7 @@ def dequantize(
     out = torch.empty(m, k, dtype=dtype, device=x_q.device)
     blocks = k // GROUP_SIZE
     if out.numel():
-        config = tile(m, blocks, False, False)
+        config = tile(m, blocks, False)
         with on_device(x_q):
             dequantize_kernel[(triton.cdiv(m, config.rows) * triton.cdiv(blocks, config.blocks),)](
                 x_q.contiguous(),
