@@ -255,7 +255,7 @@ def _label(point: Mapping[str, str | int]) -> str:
 
 def show(document: Mapping[str, Any]) -> None:
     """Print the table of a run's document, why cells are empty, and which times hold launches."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 240)  # a file has no edge to wrap at
     console.print(table(document))
     rows = document["measurements"]
     reasons = [f"- {row['name']}: {row['unavailable']}" for row in rows if "unavailable" in row]
@@ -294,10 +294,22 @@ def table(document: Mapping[str, Any]) -> Table:
     return result
 
 
+def _stretches(xs: Iterable[int]) -> list[list[int]]:
+    """Values in order, cut wherever they leap by more than a factor of 32."""
+    result: list[list[int]] = []
+    for x in sorted(set(xs)):
+        if result and x <= 32 * result[-1][-1]:
+            result[-1].append(x)
+        else:
+            result.append([x])
+    return result
+
+
 def draw(document: Mapping[str, Any], path: Path) -> None:
     """Plot a run's document into a PNG file.
 
-    One panel for each value of the points' other keys; the last integer key runs along x. A panel of one point has bars.
+    The last integer key of the points runs along x. There is a panel for each value of the other keys, several where x leaps
+    by more than a factor of 32; a panel of one point has bars.
     """
     try:
         import matplotlib
@@ -308,19 +320,28 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
     timed: list[Row] = [row for row in document["measurements"] if "microseconds" in row]
     axis = next((key for row in timed for key, value in reversed(_point(row).items()) if isinstance(value, int)), None)
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["name"] for row in timed))}
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    palette = pyplot.get_cmap("tab20")
+    colors = {name: palette(i % palette.N) for i, name in enumerate(dict.fromkeys(row["name"] for row in timed))}
+    groups: dict[str, dict[str, dict[int, float]]] = {}
     for row in timed:
         label = _label({key: value for key, value in _point(row).items() if key != axis})
         x = row[axis] if axis is not None else 0
-        panels.setdefault(label, {}).setdefault(row["name"], []).append((x, row["microseconds"]))
+        groups.setdefault(label, {}).setdefault(row["name"], {})[x] = row["microseconds"]
+    panels = [
+        (
+            label,
+            ticks,
+            {name: [(x, line[x]) for x in ticks if x in line] for name, line in lines.items() if line.keys() & set(ticks)},
+        )
+        for label, lines in groups.items()
+        for ticks in _stretches(x for line in lines.values() for x in line)
+    ]
     columns = max(1, min(3, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure, axes = pyplot.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False)
     for unused in axes.flat[len(panels) :]:
         unused.set_visible(False)
-    for panel, (label, lines) in zip(axes.flat, panels.items(), strict=False):
-        ticks = sorted({x for points in lines.values() for x, _ in points})
+    for panel, (label, ticks, lines) in zip(axes.flat, panels, strict=False):
         if len(ticks) == 1:
             bars = panel.barh(list(lines), [points[0][1] for points in lines.values()], color=[colors[name] for name in lines])
             panel.bar_label(bars, fmt="%.4g", padding=2)
@@ -338,11 +359,13 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
             panel.set_xlabel(axis or "")
             panel.set_ylabel("microseconds")
             panel.grid(True, which="both", alpha=0.3)
-            panel.legend(fontsize="small")
         panel.set_title(label)
     figure.suptitle(f"{document['title']} - {document['device']}")
     figure.tight_layout()
+    handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     pyplot.close(figure)
     Console(stderr=True).print(f"Plot written to {path}", markup=False, highlight=False)
