@@ -106,14 +106,17 @@ def hopper_plans() -> list[tuple[str, int, str, dict[str, int]]]:
     """(mode, M, kernel, parameters): one of each kind, split and whole."""
     plans: list[tuple[str, int, str, dict[str, int]]] = []
     for split in (1, 4):
-        plans += [("none", 2, "few", {"warps": warps, "split": split}) for warps in (2, 8)]
         for mode in ("none", "fp8_per_token"):
             for bm, warps in ((8, 4), (64, 8)):
                 tile = {"bm": bm, "warps": warps, "stages": 3, "split": split, "resident": 1}
                 plans.append((mode, bm - 1, "decode", tile))
+            for warps, m in ((4, 130), (8, 150)):  # several tiles of tokens
+                plans.append((mode, m, "decode", {"bm": 64, "warps": warps, "stages": 2, "split": split, "resident": 2}))
             for bm in (128, 256):
                 tile = {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split}
                 plans.append((mode, 2 * bm + 1, "large", tile))
+    for warps_k, warps_n, m in ((1, 1, 7), (4, 2, 8), (8, 1, 1), (2, 4, 3)):
+        plans.append(("none", m, "few", {"warps_k": warps_k, "warps_n": warps_n}))
     return [*plans, ("fp8_per_token", 70, "widen", {})]
 
 
@@ -133,9 +136,10 @@ def test_every_hopper_gemm(mode: str, m: int, kernel: str, parameters: dict[str,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k", [144, 256, 4096, 14336])
-def test_quantize_fp8_bits(dtype: torch.dtype, k: int) -> None:
-    x = (torch.randn(37, k) * torch.logspace(-6, 3, 37)[:, None]).to(dtype)
+@pytest.mark.parametrize("k", [144, 256, 4096, 5120, 14336, 28672])
+@pytest.mark.parametrize("m", [37, 150])
+def test_quantize_fp8_bits(dtype: torch.dtype, k: int, m: int) -> None:
+    x = (torch.randn(m, k) * torch.logspace(-6, 3, m)[:, None]).to(dtype)
     x[3] = 0
     x[5, 7] = -0.0
     if dtype == torch.bfloat16:
@@ -189,6 +193,34 @@ def test_cuda_graph(mode: str, m: int) -> None:
         captured.fill_(float("nan"))
         graph.replay()
         assert torch.equal(captured, run())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("m", [1, 2, 16, 64, 128, 300])
+def test_chain_of_overlapping_launches(mode: str, m: int) -> None:
+    """Layers that read what the one before them wrote, launched at once, in a graph, and each after the last has ended."""
+    weights = [on_gpu(weight(1024, 1024)) for _ in range(6)]
+    scale = torch.tensor([INPUT_SCALE], device="cuda")
+    x = torch.randn(m, 1024, dtype=torch.bfloat16, device="cuda")
+
+    def chain(wait: bool) -> torch.Tensor:
+        y = x
+        for w in weights:
+            y = nvfp4_linear(y, w, activation=mode, input_scale=scale)
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    want = chain(wait=True)
+    assert want.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(wait=False)
+    for _ in range(20):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, want)
+        assert torch.equal(chain(wait=False), want)
 
 
 def test_empty_and_strided() -> None:

@@ -83,17 +83,19 @@ def rows() -> list[tuple[Any, ...]]:
     for x in ("fp8", "bf16"):
         for bm, warps in ((8, 4), (64, 8)):
             constants = {"BM": bm, "WARPS": warps, "STAGES": 3, "TOKEN": True, "BIAS": True, "REDUCE": True}
-            made.append((f"decode {x} {bm}", gemm_decode, wgmma_operands(x, 16 * warps, bm, 256), constants, 90, warps, True))
+            types = wgmma_operands(x, 16 * warps, bm, 256) | {"w_desc": descriptor(gl.int32, "i32", [16 * warps, 32], 128)}
+            made.append((f"decode {x} {bm}", gemm_decode, types, constants, 90, warps, True))
     for x in ("bf16", "fp16"):
-        for reduce in (False, True):
+        for warps_k, warps_n in ((8, 1), (2, 2)):
             types = {"w_ptr": "*i32", "s_ptr": "*i32", "x_ptr": f"*{x}", "out_ptr": f"*{x}", "bias_ptr": f"*{x}"}
-            constants = {"WARPS": 4, "TOKEN": False, "BIAS": False, "REDUCE": reduce}
-            made.append((f"few {x} {reduce}", gemm_few, types, constants, 90, 4, True))
+            constants = {"KW": warps_k, "NW": warps_n, "TOKEN": False, "BIAS": False}
+            made.append((f"few {x} {warps_k}", gemm_few, types, constants, 90, warps_k * warps_n, True))
     for permute in (False, True):
-        for whole in (False, True):
-            constants = {"PERMUTE": permute, "BLOCK": 8192, "WHOLE": whole, "WARPS": 8}
+        for values, block, whole in ((32, 8192, False), (32, 8192, True), (8, 4096, True)):
+            warps = block // (32 * values)
+            constants = {"PERMUTE": permute, "BLOCK": block, "WHOLE": whole, "VALUES": values, "WARPS": warps}
             types = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
-            made.append((f"quantize {permute} {whole}", quantize_fp8_rows, types, constants, 90, 8, True))
+            made.append((f"quantize {permute} {values} {whole}", quantize_fp8_rows, types, constants, 90, warps, True))
     for arch in (89, 90, 100, 120):
         constants = {"ROWS": 4, "WORDS": 512}
         made.append(("widen", _widen_kernel, {"out_ptr": "*i32"}, constants, arch, 4, False))

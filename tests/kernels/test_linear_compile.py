@@ -51,23 +51,32 @@ def test_decode(compiled: Variants, x: str, bm: int) -> None:
 
 
 @pytest.mark.parametrize("x", ["bf16", "fp16"])
-@pytest.mark.parametrize("reduce", [False, True])
-def test_few(compiled: Variants, x: str, reduce: bool) -> None:
-    variant = compiled[f"few {x} {reduce}", 90]
+@pytest.mark.parametrize("warps_k", [2, 8])
+def test_few(compiled: Variants, x: str, warps_k: int) -> None:
+    variant = compiled[f"few {x} {warps_k}", 90]
     assert count(variant, r"mma\.sync\.aligned\.m16n8k16") == 2 * 16
     assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32") >= 2 * 4  # 16-byte loads of the packed weights
-    # Nothing but the counter's broadcast goes through shared memory.
-    assert count(variant, r"st\.shared") <= 1
-    assert "shfl" not in variant["ptx"]
+    ptx = variant["ptx"]
+    assert ptx.index("ld.global") < ptx.index("griddepcontrol.wait")
+    # Warps meet in the sum at the end alone.
+    assert "bar.sync" not in ptx[: ptx.rindex("mma.sync")]
+    assert "shared" not in ptx[ptx.index("griddepcontrol.wait") : ptx.rindex("mma.sync")]
 
 
 @pytest.mark.parametrize("permute", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_quantize_fp8(compiled: Variants, permute: bool, whole: bool) -> None:
-    variant = compiled[f"quantize {permute} {whole}", 90]
+    variant = compiled[f"quantize {permute} 32 {whole}", 90]
     assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 2
     assert count(variant, r"cvt\.rn\.satfinite\.e4m3x2\.f32") == 16
     assert "griddepcontrol.launch_dependents" in variant["ptx"]
+
+
+@pytest.mark.parametrize("permute", [False, True])
+def test_quantize_fp8_of_few_rows(compiled: Variants, permute: bool) -> None:
+    variant = compiled[f"quantize {permute} 8 True", 90]
+    assert count(variant, r"st\.global(?:\.\w+)*\.b32") >= 2
+    assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32" if permute else r"ld\.global(?:\.\w+)*\.v2\.b32") >= 1
 
 
 @pytest.mark.parametrize("arch", [89, 90, 100, 120])

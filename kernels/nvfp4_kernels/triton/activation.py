@@ -9,17 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .numerics import arch_of, e2m1_decode, e4m3_decode
 
 _E4M3_MAX = tl.constexpr(448.0)
-
-
-@triton.jit
-def _let_next_kernel_start():
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -81,10 +75,16 @@ def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tenso
     if arch == 90 and k % 256 == 0 and order in ("natural", "fp8"):
         from .activation_hopper import quantize_fp8_rows
 
-        # Up to 8192 values a row stay in registers; longer rows go by pieces, so that several blocks share a processor.
-        block = min(max(block, 1024), 8192)
-        warps = block // 1024
-        quantize_fp8_rows[(m,)](x, q, scale, x.stride(0), k, order == "fp8", block, k <= block, warps, num_warps=warps)
+        if m <= 128:  # few rows: a thread takes 8 values, for the sake of latency
+            values, block = 8, min(max(block, 1024), 16384)
+            warps = min(block // 256, 16)
+        else:
+            # Up to 8192 values a row stay in registers; longer rows go by pieces, so that several blocks share a processor.
+            values, block = 32, min(max(block, 1024), 8192)
+            warps = block // 1024
+        quantize_fp8_rows[(m,)](
+            x, q, scale, x.stride(0), k, order == "fp8", block, k <= block, values, warps, num_warps=warps, launch_pdl=True
+        )
         return q, scale
     _quantize_fp8_kernel[(m,)](
         x, q, scale, x.stride(0), k, order, fp8, block, num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False
@@ -92,10 +92,16 @@ def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tenso
     return q, scale
 
 
+def _overlapped(pdl: bool) -> dict[str, bool]:
+    """Launch options: the kernel may start before the one before it has ended. It waits for that one by itself."""
+    return {"launch_pdl": True} if pdl else {}
+
+
 @triton.jit
 def _permute_kernel(x_ptr, out_ptr, stride, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
-        _let_next_kernel_start()
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride + source_column(column, ORDER), mask=column < K)
@@ -108,14 +114,17 @@ def permute(x: torch.Tensor, order: str) -> torch.Tensor:
     out = torch.empty(m, k, dtype=x.dtype, device=x.device)
     block = min(1024 if m <= 64 else 4096, triton.next_power_of_2(k))
     pdl = arch_of(x.device) >= 90
-    _permute_kernel[(m, triton.cdiv(k, block))](x, out, x.stride(0), k, order, block, pdl, num_warps=max(1, block // 512))
+    _permute_kernel[(m, triton.cdiv(k, block))](
+        x, out, x.stride(0), k, order, block, pdl, num_warps=max(1, block // 512), **_overlapped(pdl)
+    )
     return out
 
 
 @triton.jit
 def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
-        _let_next_kernel_start()
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = source_column(column, ORDER)
@@ -132,5 +141,7 @@ def decode(q: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype, order: str) ->
     out = torch.empty(m, k, dtype=dtype, device=q.device)
     block = min(4096, triton.next_power_of_2(k))
     pdl = arch_of(q.device) >= 90
-    _decode_kernel[(m, triton.cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8)
+    _decode_kernel[(m, triton.cdiv(k, block))](
+        q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8, **_overlapped(pdl)
+    )
     return out

@@ -8,18 +8,25 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_compat import let_next_kernel_start
+from .gluon_compat import let_next_kernel_start, wait_for_previous_kernel
 
 
 @gluon.constexpr_function
-def _row_layout(registers, lanes, block, warps):
-    """A layout of [block] values: `registers` and `lanes` within 1024 of them, then the warps, then more registers."""
-    warp_bits = warps.bit_length() - 1
-    rest = (block // (1024 * warps)).bit_length() - 1
+def _row_layout(permuted, values, block, warps):
+    """A layout of [block] values, each thread with 8 (`values` = 8) or 32 values that lie beside each other in one order.
+
+    `permuted`: of the positions in the GEMM's order (word half t q), else of those in x (t word half q).
+    """
+    q, half, word, t = ([1, 2], [16], [32, 64], [4, 8]) if permuted else ([1, 2], [4], [8, 16], [32, 64])
+    if values == 8:
+        registers, lanes, unit = q + half, [*t, *word, 128], 256
+    else:
+        registers, lanes, unit = q + half + t, [*word, 128, 256, 512], 1024
+    rest = (block // (unit * warps)).bit_length() - 1
     return gl.DistributedLinearLayout(
-        [[i] for i in registers] + [[1024 * warps << i] for i in range(rest)],
+        [[i] for i in sorted(registers)] + [[unit * warps << i] for i in range(rest)],
         [[i] for i in lanes],
-        [[1024 << i] for i in range(warp_bits)],
+        [[unit << i] for i in range(warps.bit_length() - 1)],
         [],
         [block],
     )
@@ -44,7 +51,7 @@ def _quantize(x, factor, scale, reciprocal, PERMUTE: gl.constexpr, LAYOUT: gl.co
 @gluon.jit
 def quantize_fp8_rows(
     x_ptr, q_ptr, scale_ptr, stride, K, PERMUTE: gl.constexpr, BLOCK: gl.constexpr, WHOLE: gl.constexpr,
-    WARPS: gl.constexpr,
+    VALUES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Row program_id(0) of x [M, K] to e4m3 [M, K] and its decode scale, BLOCK values at a time; WHOLE: BLOCK >= K.
 
@@ -52,8 +59,9 @@ def quantize_fp8_rows(
     the second time from the caches.
     """
     let_next_kernel_start()
-    PERMUTED: gl.constexpr = _row_layout([1, 2, 4, 8, 16], [32, 64, 128, 256, 512], BLOCK, WARPS)
-    NATURAL: gl.constexpr = _row_layout([1, 2, 4, 32, 64], [8, 16, 128, 256, 512], BLOCK, WARPS)
+    wait_for_previous_kernel()
+    PERMUTED: gl.constexpr = _row_layout(True, VALUES, BLOCK, WARPS)
+    NATURAL: gl.constexpr = _row_layout(False, VALUES, BLOCK, WARPS)
     LAYOUT: gl.constexpr = NATURAL if PERMUTE else PERMUTED
     row = gl.program_id(0).to(gl.int64)
     k = gl.arange(0, BLOCK, LAYOUT)

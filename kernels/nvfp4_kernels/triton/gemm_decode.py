@@ -1,7 +1,7 @@
-"""Hopper GEMM for tens of rows (M <= 64): bound by the bytes of the weights, on wgmma.
+"""Hopper GEMM for tens of rows: bound by the bytes of the weights, on wgmma.
 
-A block of four or eight warps holds 16 output features a warp and all tokens. One bulk-copied stage brings 256 values of K:
-packed weights, scales and x, several stages ahead. Split-K adds up in the last block of a tile.
+A block of four or eight warps holds 16 output features a warp and up to 64 tokens. One bulk-copied stage brings 256 values of
+K: packed weights, scales and x, several stages ahead. Split-K adds up in the last block of a tile.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .hopper import (
     decode_fp8,
     fold_pairs,
     halves,
-    partial_offsets,
     scale_pairs,
     scaled,
     store_direct,
+    sum_parts,
 )
 
 
@@ -33,9 +33,8 @@ from .hopper import (
 def _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n0, k, slot, pred):
     """Weights and scales of stage k into `slot`, whose barrier is told to expect x, too."""
     bar = bars.index(slot)
-    mbarrier.expect(bar, 2 * w_desc.block_type.nbytes + s_desc.block_type.nbytes + x_desc.block_type.nbytes, pred=pred)
-    for chunk in gl.static_range(2):
-        tma_load(w_desc, [n0, k * 32 + chunk * 16], bar, words.index(slot * 2 + chunk), pred=pred)
+    mbarrier.expect(bar, w_desc.block_type.nbytes + s_desc.block_type.nbytes + x_desc.block_type.nbytes, pred=pred)
+    tma_load(w_desc, [n0, k * 32], bar, words.index(slot), pred=pred)
     tma_load(s_desc, [n0, k * 8], bar, scales.index(slot), pred=pred)
 
 
@@ -46,9 +45,10 @@ def gemm_decode(
     BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
     TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = x [M, K] @ weight [N, K]^T for M <= BM <= 64, see linear.py for the arguments.
+    """out [M, N] = x [M, K] @ weight [N, K]^T for BM <= 64, see linear.py for the arguments.
 
-    x_desc in boxes [BM, 256], K permuted; stages = K / 256 / split, the steps of a unit of work. The rest as gemm_large.
+    w_desc in boxes [16 WARPS, 32], x_desc [BM, 256], K permuted; stages = K / 256 / split, the steps of a unit of work.
+    The rest as gemm_large.
     """
     BN: gl.constexpr = 16 * WARPS
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
@@ -62,7 +62,7 @@ def gemm_decode(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
 
-    words = gl.allocate_shared_memory(gl.int32, [STAGES * 2, BN, 16], w_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 32], w_desc.layout)
     scales = gl.allocate_shared_memory(gl.int16, [STAGES, BN, 8], s_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 256], x_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -70,11 +70,12 @@ def gemm_decode(
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
 
-    units = gl.cdiv(N, BN) * split
+    m_tiles = gl.cdiv(M, BM)
+    units = gl.cdiv(N, BN) * m_tiles * split
     stride = gl.num_programs(0)
     # The loads run ahead of the products, across units; divisions happen between units alone.
     ahead = gl.program_id(0)
-    n_ahead = ahead // split * BN
+    n_ahead = ahead // split // m_tiles * BN
     k_ahead = ahead % split * stages
     left = stages
     for i in gl.static_range(STAGES - 1):
@@ -83,20 +84,22 @@ def gemm_decode(
         left -= 1
         if left == 0:
             ahead += stride
-            n_ahead = ahead // split * BN
+            n_ahead = ahead // split // m_tiles * BN
             k_ahead = ahead % split * stages
             left = stages
     # The weights of the first stages are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
     x_unit = gl.program_id(0)
+    m_ahead = x_unit // split % m_tiles * BM
     x_k = x_unit % split * stages
     x_left = stages
     for i in gl.static_range(STAGES - 1):
-        tma_load(x_desc, [0, x_k * 256], bars.index(i), x_ring.index(i), pred=x_unit < units)
+        tma_load(x_desc, [m_ahead, x_k * 256], bars.index(i), x_ring.index(i), pred=x_unit < units)
         x_k += 1
         x_left -= 1
         if x_left == 0:
             x_unit += stride
+            m_ahead = x_unit // split % m_tiles * BM
             x_k = x_unit % split * stages
             x_left = stages
 
@@ -106,12 +109,12 @@ def gemm_decode(
     for unit in range(gl.program_id(0), units, stride):
         tile = unit // split
         if FP8:
-            fold = fold_pairs(fold_ptr, tile * BN, N, BN, PAIRS)
+            fold = fold_pairs(fold_ptr, tile // m_tiles * BN, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
         for _stage in range(stages):
             mbarrier.wait(bars.index(slot), phase)
             for chunk in gl.static_range(2):
-                w = words.index(slot * 2 + chunk).load(WORDS)
+                w = words.index(slot).slice(16 * chunk, 16, dim=1).load(WORDS)
                 s = scales.index(slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
                 if not FP8:
                     s_first, s_second = scale_pairs(s, FP16)
@@ -127,7 +130,7 @@ def gemm_decode(
             # The stage before this one is free: its products are done, in every warp past the barrier.
             thread_barrier()
             _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n_ahead, k_ahead, free, ahead < units)
-            tma_load(x_desc, [0, k_ahead * 256], bars.index(free), x_ring.index(free), pred=ahead < units)
+            tma_load(x_desc, [m_ahead, k_ahead * 256], bars.index(free), x_ring.index(free), pred=ahead < units)
             free = slot
             slot += 1
             if slot == STAGES:
@@ -137,31 +140,18 @@ def gemm_decode(
             left -= 1
             if left == 0:
                 ahead += stride
-                n_ahead = ahead // split * BN
+                n_ahead = ahead // split // m_tiles * BN
+                m_ahead = ahead // split % m_tiles * BM
                 k_ahead = ahead % split * stages
                 left = stages
         acc = warpgroup_mma_wait(0, deps=[token])
 
-        n = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
-        m = gl.arange(0, BM, gl.SliceLayout(0, ACC))
+        last = True
         if REDUCE:
-            offsets = partial_offsets(BN, BM, ACC)
-            valid = (m < M)[None, :] & (n < N)[:, None]
-            slot_ptr = partial_ptr + unit.to(gl.int64) * (BN * BM)  # type: ignore[attr-defined]
-            gl.store(slot_ptr + offsets, acc, mask=valid)
-            thread_barrier()
-            if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1:
-                gl.store(count_ptr + tile, 0)
-                total = gl.zeros([BN, BM], gl.float32, ACC)
-                for part in range(split):
-                    part_ptr = partial_ptr + (tile * split + part).to(gl.int64) * (BN * BM)
-                    total += gl.load(part_ptr + offsets, mask=valid, other=0.0)
-                result = scaled(
-                    total, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
-                    out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
-                )  # fmt: skip
-                store_direct(result, out_ptr, n, m, N, M)
-        else:
+            last, acc = sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN, BM, WARPS)
+        if last:
+            n = tile // m_tiles * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+            m = tile % m_tiles * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
             result = scaled(
                 acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
                 out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,

@@ -17,17 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_compat import thread_barrier, tma_load, tma_store_wait
+from .gluon_compat import thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
 from .hopper import (
     decode_16,
     decode_fp8,
     fold_pairs,
     halves,
-    partial_offsets,
     scale_pairs,
     scaled,
     store_bulk,
     store_direct,
+    sum_parts,
     tile_of,
 )
 
@@ -112,6 +112,8 @@ def gemm_large(
             w_tile, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
             w_k = w_unit % split * stages
             w_left = stages
+    # The first weights are on their way while the kernel that prepares x still runs.
+    wait_for_previous_kernel()
     for i in gl.static_range(X_STAGES - 1):
         _load_x(x_desc, x_ring, x_bars, x_tile * BM, x_k, i, XK, x_unit < units)
         x_k += 1
@@ -180,26 +182,12 @@ def gemm_large(
                 w_left = stages
         acc = warpgroup_mma_wait(0, deps=[token])
 
-        n = n_tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
-        m = m_tile * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
+        last = True
         if REDUCE:
-            offsets = partial_offsets(BN, BM, ACC)
-            valid = (m < M)[None, :] & (n < N)[:, None]
-            slot_ptr = partial_ptr + unit.to(gl.int64) * (BN * BM)  # type: ignore[attr-defined]
-            gl.store(slot_ptr + offsets, acc, mask=valid)
-            thread_barrier()
-            if gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1:
-                gl.store(count_ptr + tile, 0)
-                total = gl.zeros([BN, BM], gl.float32, ACC)
-                for part in range(split):
-                    part_ptr = partial_ptr + (tile * split + part).to(gl.int64) * (BN * BM)
-                    total += gl.load(part_ptr + offsets, mask=valid, other=0.0)
-                result = scaled(
-                    total, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
-                    out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
-                )  # fmt: skip
-                store_direct(result, out_ptr, n, m, N, M)
-        else:
+            last, acc = sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN, BM, 8)
+        if last:
+            n = n_tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+            m = m_tile * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
             result = scaled(
                 acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
                 out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,

@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from .gluon_compat import tma_store, tma_store_wait
+from .gluon_compat import thread_barrier, tma_store, tma_store_wait
 
 # Two e4m3 scales to the 16-bit pairs that a word's products take. The f16 step keeps NaN scales NaN.
 _SCALES_BF16 = gl.constexpr("""
@@ -243,8 +243,38 @@ def store_bulk(result, out_desc, staging, n0, m0, BN: gl.constexpr, BM: gl.const
         tma_store(out_desc, [m0 + half * HALF, n0], staging)
 
 
+@gluon.constexpr_function
+def _part_layout(bm, warps):
+    """How [16 * warps * bm] values lie in an accumulator: registers m0 n3, lanes m1 m2 n0 n1 n2, warps n4.., registers m3.."""
+    return gl.DistributedLinearLayout(
+        [[1], [2], *([128 * warps << i] for i in range((bm // 8).bit_length() - 1))],
+        [[4 << i] for i in range(5)],
+        [[128 << i] for i in range(warps.bit_length() - 1)],
+        [],
+        [16 * warps * bm],
+    )
+
+
 @gluon.jit
-def partial_offsets(BN: gl.constexpr, BM: gl.constexpr, ACC: gl.constexpr):
-    """Where an accumulator's elements lie in its slot of the split-K workspace."""
-    n = gl.arange(0, BN, gl.SliceLayout(1, ACC))
-    return n[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))[None, :]
+def sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
+    """Split-K: store acc [BN, BM], the part `unit` of `tile`; (is this block the tile's last?, then the sum of all parts).
+
+    The parts tile * split .. + split - 1 are added in this order. A part lies in partial as its threads hold it, in 16-byte
+    pieces; the tile's counter is 0 again afterwards.
+    """
+    ACC: gl.constexpr = acc.type.layout
+    FLAT: gl.constexpr = _part_layout(BM, WARPS)
+    flat = gl.permute(gl.reshape(acc, [WARPS, 2, 8, BM // 8, 4, 2]), [3, 0, 2, 4, 1, 5])
+    flat = gl.convert_layout(gl.reshape(flat, [BN * BM]), FLAT, assert_trivial=True)
+    offsets = gl.arange(0, BN * BM, FLAT)
+    gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + offsets, flat)
+    thread_barrier()
+    last = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1
+    if last:
+        gl.store(count_ptr + tile, 0)
+        first_ptr = partial_ptr + (tile * split).to(gl.int64) * (BN * BM)
+        flat = gl.load(first_ptr + offsets)
+        for part in range(1, split):
+            flat += gl.load(first_ptr + part * (BN * BM) + offsets)
+    total = gl.permute(gl.reshape(flat, [BM // 8, WARPS, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+    return last, gl.convert_layout(gl.reshape(total, [BN, BM]), ACC, assert_trivial=True)

@@ -2,8 +2,8 @@
 
 Six GEMMs serve it:
 
-- "few": Hopper, up to 8 rows of 16-bit values, best for one or two; bound by the bytes of the weights (gemm_few.py).
-- "decode": Hopper, up to 64 rows; likewise bound (gemm_decode.py).
+- "few": Hopper, up to 8 rows of 16-bit values; bound by the bytes of the weights (gemm_few.py).
+- "decode": Hopper, tens of rows; likewise bound (gemm_decode.py).
 - "large": Hopper, many rows; weights decoded in registers beside the products (gemm_large.py).
 - "widen": fp8_per_token with very many rows; weights widened to e4m3 in a scratch, then the FP8 GEMM of cuBLAS (widen.py).
 - "dot_scaled": Blackwell's FP4 tensor cores (gemm_dot_scaled.py).
@@ -37,6 +37,7 @@ _TABLES = Path(__file__).parent.parent / "tables"
 _FALLBACK = "NVIDIA H100 80GB HBM3"
 _TILE_N = 128
 _K_STEP = 256
+_SMALL = 6144 * 4096  # weights of a layer whose tiles of 128 tokens are too few for the processors
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ def _table(name: str) -> tuple[dict[str, Any], str]:
 
 
 def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan | None:
-    """What a table says: the entry of the first M there that is no smaller than m nor four times larger, or of the last."""
+    """What a table says: the entry of the first M there that is no smaller than m nor over twice as large, or of the last."""
     table, origin = _table(_device(device.index or 0)[0])
     entries = table.get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
     if not entries:
         return None
     rows = sorted(map(int, entries))
     at = next((row for row in rows if row >= m), rows[-1])
-    if at > 4 * m:
+    if at > 2 * m:
         return None
     parameters = dict(entries[str(at)])
     return Plan(parameters.pop("kernel"), parameters, f"measured on {origin} for {n} x {k} at M = {at}")
@@ -111,31 +112,39 @@ def split_of(stages: int, tiles: int, blocks: int) -> int:
     return max((d for d in range(1, wanted + 1) if stages % d == 0 and stages // d >= 2), default=1)
 
 
-def _rule_few(n: int, k: int, processors: int) -> Plan:
-    # Measured best with 12 to 16 warps on every processor.
-    split = split_of(k // _K_STEP, triton.cdiv(n, 16), processors * 16)
-    return Plan("few", {"warps": 8 if split > 1 else 2, "split": split}, "one or two rows are bound by the weights' bytes")
+def _rule_few(n: int, processors: int) -> Plan:
+    # Measured best with 11 warps and more on every processor.
+    warps = 4 if triton.cdiv(n, 16) * 4 >= processors * 11 else 8
+    return Plan("few", {"warps_k": warps, "warps_n": 1}, "a few rows are bound by the weights' bytes")
 
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
-    bm = max(8, triton.next_power_of_2(m))
-    wide = bm == 64 or (bm == 32 and not fp8)
-    warps, resident, stages = (8, 1, 4) if wide else (4, 4 if bm < 32 else 3, 3)
-    split = split_of(k // _K_STEP, triton.cdiv(n, 16 * warps), processors * resident)
+    bm = min(64, max(16 if fp8 else 8, triton.next_power_of_2(m)))
+    shapes = {8: (4, 3, 4), 16: (4, 3, 4), 32: (4, 3, 4 if fp8 else 2), 64: (4, 3, 3) if fp8 else (8, 2, 2)}
+    warps, stages, resident = shapes[bm]
+    tiles = triton.cdiv(n, 16 * warps) * triton.cdiv(m, bm)
+    # More shares than these cost more to add up than they gain.
+    blocks = processors * 7 // 2 if bm <= 16 else processors * 2
+    split = split_of(k // _K_STEP, tiles, blocks)
     return Plan(
         "decode",
-        {"bm": bm, "warps": warps, "stages": stages, "split": split, "resident": resident},
-        "M <= 64 is bound by the weights' bytes",
+        {"bm": bm, "warps": warps, "stages": stages, "resident": resident, "split": split},
+        "tens of rows are bound by the weights' bytes",
     )
 
 
 def _rule_large(m: int, n: int, k: int, processors: int) -> Plan:
-    n_tiles = triton.cdiv(n, _TILE_N)
-    bm = 128 if m <= 128 or n_tiles * triton.cdiv(m, 256) < processors // 2 else 256
-    split = split_of(k // _K_STEP, n_tiles * triton.cdiv(m, bm), processors) if k >= 8192 else 1
+    """The tile and split of the least time by a fit to measurements, in units of a step of a 128-token tile."""
+    stages = k // _K_STEP
+    best = (float("inf"), 0, 0)
+    for bm, step, add in ((128, 1.0, 2.0), (256, 1.45, 3.0)):
+        tiles = triton.cdiv(n, _TILE_N) * triton.cdiv(m, bm)
+        for split in (d for d in range(1, 9) if d == 1 or (stages % d == 0 and stages // d >= 2 and tiles < processors)):
+            waves = triton.cdiv(tiles * split, processors)
+            best = min(best, (waves * stages // split * step + (add * split if split > 1 else 0), bm, split))
     return Plan(
         "large",
-        {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": min(split, 4)},
+        {"bm": best[1], "weight_stages": 3, "x_stages": 4, "group": 8, "split": best[2]},
         "weights decoded in registers beside the products",
     )
 
@@ -156,11 +165,12 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     measured = _measured(device, mode, m, n, k)
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
         return measured
-    if m <= 2 and mode != "fp8_per_token":
-        return _rule_few(n, k, processors)
-    if m <= (64 if mode == "fp8_per_token" else 32):
-        return _rule_decode(m, n, k, mode == "fp8_per_token", processors)
-    if mode == "fp8_per_token" and m >= 2048 and _widen_serves(n, dtype):
+    if m <= 4 and mode != "fp8_per_token":
+        return _rule_few(n, processors)
+    fp8 = mode == "fp8_per_token"
+    if m <= 64 or (fp8 and m <= 128 and n * k <= _SMALL):
+        return _rule_decode(m, n, k, fp8, processors)
+    if fp8 and m > 2048 and _widen_serves(n, dtype):
         return Plan("widen", {}, "so many rows pay for a pass over the weights")
     return _rule_large(m, n, k, processors)
 
@@ -175,7 +185,7 @@ def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     if arch != 90 or hopper_problem(n, k):
         return "none"
     first = _table(name)[0].get("auto", {}).get(f"{n}x{k}")
-    return "fp8_per_token" if m >= (17 if first is None else first) else "none"
+    return "fp8_per_token" if m >= (9 if first is None else first) else "none"
 
 
 def describe(mode: str, device: torch.device) -> tuple[str, str]:
@@ -221,15 +231,12 @@ def _launch_few(
 
     m, k = x.shape
     n = data.shape[0]
-    split = options["split"]
-    bn = 16 * options["warps"]
-    tiles = triton.cdiv(n, bn)
-    partial, counters = split_k(x.device, tiles * split * bn * 8, tiles) if split > 1 else (None, None)
-    gemm_few[(tiles * split,)](
-        data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias, partial, counters,
-        n, m, k // _K_STEP // split, split, k // 8, k // 64, x.stride(0), 1 if row_scale.numel() > 1 else 0,
-        WARPS=options["warps"], TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
-        num_warps=options["warps"],
+    warps_k, warps_n = options["warps_k"], options["warps_n"]
+    gemm_few[(triton.cdiv(n, 16 * warps_n),)](
+        data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias,
+        n, m, k // _K_STEP, k // 8, k // 64, x.stride(0), 1 if row_scale.numel() > 1 else 0,
+        KW=warps_k, NW=warps_n, TOKEN=token_scale is not None, BIAS=bias is not None,
+        num_warps=warps_k * warps_n, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -253,7 +260,7 @@ def _launch_wgmma(
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
     tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
-    words = _descriptor(data.view(torch.int32), [bn, 16], 64)
+    words = _descriptor(data.view(torch.int32), [bn, 32], 128) if few else _descriptor(data.view(torch.int32), [bn, 16], 64)
     pairs = _descriptor(scales.view(torch.int16), [bn, 8], 0)
     row_stride = 1 if row_scale.numel() > 1 else 0
     stages, split = k // _K_STEP, options["split"]
@@ -261,12 +268,13 @@ def _launch_wgmma(
     if few:
         from .gemm_decode import gemm_decode
 
+        registers = min(255, 65536 // (32 * options["warps"] * options["resident"]) // 8 * 8)
         gemm_decode[(min(tiles * split, processors * options["resident"]),)](
             words, pairs, _descriptor(x, [bm, _K_STEP], 128), out,
             fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split, row_stride,
             BM=bm, WARPS=options["warps"], STAGES=options["stages"],
-            TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1, num_warps=options["warps"],
-            launch_pdl=True,
+            TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
+            num_warps=options["warps"], maxnreg=registers, launch_pdl=True,
         )  # fmt: skip
         return
     from .gemm_large import gemm_large
@@ -278,6 +286,7 @@ def _launch_wgmma(
         fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split, row_stride,
         BM=bm, WEIGHT_STAGES=options["weight_stages"], X_STAGES=options["x_stages"], GROUP=options["group"],
         TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1, BULK_STORE=bulk, num_warps=8,
+        launch_pdl=True,
     )  # fmt: skip
 
 

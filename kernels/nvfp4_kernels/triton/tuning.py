@@ -14,55 +14,59 @@ import triton
 from . import linear
 from .linear import Plan
 
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """The M that tables hold. A call takes the first of them that is no smaller than its own M."""
 MODES = ("none", "fp8_per_token")
 """What is measured. The W4A4 modes run the GEMM of "none" over decoded activations."""
 
 Call = Callable[[], object]
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_SHARED_BYTES = 225 * 1024
-_DECODE_TILES = ((4, 3, 4), (4, 4, 3), (4, 3, 3), (4, 4, 2), (4, 3, 2), (8, 4, 2), (8, 3, 2), (8, 6, 1), (8, 4, 1))
-
-
-def _decode_tiles(bm: int, x_bytes: int) -> list[dict[str, int]]:
-    """The (warps, stages, resident blocks) of the decode GEMM that fit, at most three: the most resident blocks first."""
-    fitting = [
-        {"bm": bm, "warps": warps, "stages": stages, "resident": resident}
-        for warps, stages, resident in _DECODE_TILES
-        if resident * stages * (16 * warps * 144 + bm * 256 * x_bytes) <= _SHARED_BYTES
-    ]
-    return fitting[:3]
+# (BM, warps, stages, resident blocks) of the decode GEMM by what it multiplies.
+_DECODE_TILES = {
+    "none": ((8, 4, 3, 4), (16, 4, 3, 4), (32, 4, 3, 2), (64, 8, 2, 2)),
+    "fp8_per_token": ((16, 4, 3, 4), (32, 4, 3, 4), (64, 4, 3, 3), (64, 8, 3, 2)),
+}
 
 
 def _splits(stages: int, tiles: int, blocks: int) -> list[int]:
-    """Splits of K worth a try: those around blocks / tiles."""
+    """Splits of K worth a try: the two largest that leave every block at most one unit of work, and the next."""
+    if tiles >= blocks:
+        return [1]
     divisors = [d for d in range(1, min(stages // 2, 16) + 1) if stages % d == 0] or [1]
     wanted = blocks / tiles
-    below = [d for d in divisors if d <= wanted][-1:]
-    above = [d for d in divisors if d > wanted][:1]
-    return sorted({1, *below, *(d for d in above if d <= 2 * wanted)})
+    below = [d for d in divisors if d <= wanted][-2:]
+    above = [d for d in divisors if wanted < d <= 2 * wanted][:1]
+    return [*below, *above]
+
+
+def _decode_plans(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
+    plans = []
+    bm = min(64, max(16 if mode == "fp8_per_token" else 8, triton.next_power_of_2(m)))
+    for rows, warps, stages, resident in _DECODE_TILES[mode]:
+        if rows != bm:
+            continue
+        tile = {"bm": bm, "warps": warps, "stages": stages, "resident": resident}
+        tiles = triton.cdiv(n, 16 * warps) * triton.cdiv(m, bm)
+        for split in _splits(k // 256, tiles, processors * resident):
+            plans.append(Plan("decode", {**tile, "split": split}))
+    return plans
 
 
 def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
     """The plans to measure for x [m, k] under "none" or "fp8_per_token" and a weight [n, k] on Hopper."""
     fp8 = mode == "fp8_per_token"
-    stages = k // 256
     plans = []
-    if m <= 2 and not fp8:
-        for warps in (2, 4, 8):
-            for split in _splits(stages, triton.cdiv(n, 16 * warps), processors * 16 // warps):
-                plans.append(Plan("few", {"warps": warps, "split": split}))
-    if 2 < m <= 64 or (fp8 and m <= 64):
-        for tile in _decode_tiles(max(8, triton.next_power_of_2(m)), 1 if fp8 else 2):
-            for split in _splits(stages, triton.cdiv(n, 16 * tile["warps"]), processors * tile["resident"]):
-                plans.append(Plan("decode", {**tile, "split": split}))
-    if m >= 64:
+    if m <= 8 and not fp8:
+        for warps_k, warps_n in ((2, 1), (4, 1), (8, 1)):
+            plans.append(Plan("few", {"warps_k": warps_k, "warps_n": warps_n}))
+    if m <= (256 if fp8 else 64) and (fp8 or m >= 4):
+        plans += _decode_plans(mode, m, n, k, processors)
+    if m >= 128 or (m == 64 and not fp8):
         for bm in (128, 256):
             if (bm == 256 and m <= 128) or (bm == 128 and m > 1024):
                 continue
             tiles = triton.cdiv(n, 128) * triton.cdiv(m, bm)
-            for split in [1] if tiles > processors else _splits(stages, tiles, processors):
+            for split in _splits(k // 256, tiles, processors):
                 tile = {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split}
                 plans.append(Plan("large", tile))
     if fp8 and m >= 1024 and n % 16 == 0:
@@ -103,7 +107,8 @@ def _compile(job: tuple[Plan, str, int, int]) -> str | None:
     device = torch.device("cuda", index)
     split = plan.parameters.get("split", 1)
     try:
-        for call in calls(plan, mode, m, [operands(256, 512 * split, device)]):
+        # K such that every size divides as it does in real layers: Triton compiles for that.
+        for call in calls(plan, mode, m, [operands(256, 1024 * split, device)]):
             call()
         torch.cuda.synchronize(device)
     except Exception as error:  # a worker reports what it cannot build, the others go on
@@ -151,7 +156,9 @@ def tune(
                 except Exception as error:  # a plan that does not run is left out, and said
                     log(f"{shape} M={m} {mode} {plan.kernel} {plan.parameters}: {type(error).__name__}: {error}")
             if measured:
-                seconds, best = min(measured, key=lambda pair: pair[0])
+                # The last entry serves all larger M, too, where widening pays more: it wins a tie there.
+                tie = 0.97 if m == ROWS[-1] else 1.0
+                seconds, best = min(measured, key=lambda pair: pair[0] * (tie if pair[1].kernel == "widen" else 1.0))
                 table[mode].setdefault(shape, {})[str(m)] = {"kernel": best.kernel, **best.parameters}
                 times[mode].setdefault(shape, {})[str(m)] = round(seconds * 1e6, 2)
         table["auto"][shape] = _first_fp8(times["none"].get(shape, {}), times["fp8_per_token"].get(shape, {}))
