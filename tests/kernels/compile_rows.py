@@ -20,8 +20,8 @@ class Row:
     """One specialization of a kernel.
 
     kernel: "module:function" below nvfp4_kernels.triton. types: Triton types of the arguments that are not constants.
-    aligned: arguments that are divisible by 16, as the launcher would find. constants: constexpr arguments; one called ARCH
-    is filled in.
+    aligned: arguments that are divisible by 16, as the launcher would find. constants: constexpr arguments; those called ARCH
+    and PDL (launched programmatically, from SM90 on) are filled in.
     """
 
     name: str
@@ -129,12 +129,15 @@ def compile_row(row: Row, arch: int) -> dict[str, Any]:
     constants = dict(row.constants)
     if "ARCH" in kernel.arg_names:
         constants["ARCH"] = arch
+    options = dict(row.options)
+    if "PDL" in kernel.arg_names and arch >= 90:
+        constants["PDL"] = options["launch_pdl"] = True
     signature = row.types | dict.fromkeys(constants, "constexpr")
     attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in row.aligned}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": row.warps, **row.options},
+        options={"num_warps": row.warps, **options},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

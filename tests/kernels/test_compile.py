@@ -70,6 +70,17 @@ def test_roundings(compiled: Compiled, name: str, arch: int):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", [*QUANTIZERS[:-1], "place scales"])
+def test_programmatic_launches_wait_before_they_let_others_start(compiled: Compiled, name: str, arch: int):
+    ptx = compiled[name, arch]["ptx"]
+    found = re.findall(r"griddepcontrol\.\w+|[ls][dt]\.global", ptx)
+    if arch < 90:
+        assert not any("griddep" in one for one in found)
+    else:
+        assert found[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_two_multiply_adds_in_the_portable_encoder_and_none_elsewhere(compiled: Compiled, arch: int):
     """Contracted products show as fma: eight codes take 16 of them before SM100, none from SM100 on."""
     ptx = compiled["quantize per token", arch]["ptx"]
