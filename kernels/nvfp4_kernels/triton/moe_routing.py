@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ..reference.moe_routing import Routing, max_tiles
 from .numerics import arch_of
 
-_STEP = 128  # slots ranked at once, by comparing each with each
+_STEP = 128  # slots ranked at once, by comparing each with each; fewer where there are no more
 _ONE_LAUNCH = 1024  # slots up to which every program counts them all
 _MAX_CHUNKS = 128
 _TILES = 16  # of the tile map, a program and round
@@ -124,10 +124,12 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         return result
     topk_ids = topk_ids.contiguous()
     bins = max(16, triton.next_power_of_2(experts + 1))
-    shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": _STEP, "num_warps": 4 if slots <= _ONE_LAUNCH else 8}
+    step = min(_STEP, max(32, triton.next_power_of_2(slots)))
+    warps = 1 if step < _STEP else 4 if slots <= _ONE_LAUNCH else 8
+    shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": step, "num_warps": warps}
     global_experts = 0 if expert_map is None else expert_map.numel()
     if slots <= _ONE_LAUNCH:
-        chunk, counts = _STEP, None
+        chunk, counts = step, None
     else:
         chunk = triton.cdiv(triton.cdiv(slots, _MAX_CHUNKS), _STEP) * _STEP
     chunks = triton.cdiv(slots, chunk)
@@ -147,7 +149,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         tiles,
         TOP_K=top_k,
         BLOCK_M=block_m,
-        ALL_SLOTS=0 if counts is not None else max(_STEP, triton.next_power_of_2(slots)),
+        ALL_SLOTS=0 if counts is not None else max(step, triton.next_power_of_2(slots)),
         TILES=_TILES,
         PDL=arch_of(topk_ids.device) >= 90,
         **shared,
