@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..reference.linear import INVERSE_BASE
 from ..reference.moe_routing import Routing
+from . import moe_operand_hopper
 from .numerics import (
     arch_of,
     block_scale,
@@ -176,6 +177,10 @@ def operand(
     scale = x.new_empty((out_rows,), dtype=torch.float32) if per_token else None
     # A slot's own weight or scale makes its row differ from the token's other slots.
     slots_differ = permute and (topk_weights is not None or per_expert)
+    hopper = arch == 90 and fp8 and reorder and not slots_differ and k <= moe_operand_hopper.MAX_K
+    if hopper and routing is not None and scale is not None:
+        moe_operand_hopper.operand_fp8(x, routing, out, scale, permute)
+        return out.view(torch.float8_e4m3fn), scale
     block = min(triton.next_power_of_2(k), _MAX_BLOCK)
     operand_kernel[(rows, top_k if slots_differ else 1)](
         x,
