@@ -13,11 +13,12 @@ from typing import Any
 import triton.backends.nvidia
 from compile_rows import Row, compile_row
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import compile as triton_compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from nvfp4_kernels.triton import moe_gemm_hopper
+from nvfp4_kernels.triton import moe_gemm_hopper, moe_operand_hopper
 
 _GEMM_TYPES = {
     "x": "*bf16",
@@ -140,12 +141,25 @@ def resource_usage(compiled: Any) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def compile_hopper(block_m: int, x: str, act: int, operand_order: bool) -> dict[str, Any]:
+def ptxas_says(ptx: str) -> str:
+    """What ptxas reports of a Hopper kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def compile_hopper(block_m: int, x: str, act: int, operand_order: bool, reduce: bool = False) -> dict[str, Any]:
     """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"."""
     fp8 = x == "fp8e4nv"
-    warps, weight_stages, x_stages = moe_gemm_hopper.tiling(block_m, fp8)
+    warps, weight_stages, x_stages, resident = moe_gemm_hopper.tiling(block_m, fp8)
     small = block_m <= moe_gemm_hopper._DECODE_ROWS
-    kernel = moe_gemm_hopper.grouped_gemm_decode_kernel if small else moe_gemm_hopper.grouped_gemm_kernel
+    kernel = moe_gemm_hopper.grouped_gemm_kernel
+    if small:
+        kernel = moe_gemm_hopper.grouped_gemm_decode_kernel
+    elif block_m == moe_gemm_hopper._LONG_ROWS:
+        kernel = moe_gemm_hopper.grouped_gemm_long_kernel
 
     def descriptor(kind: str, box: list[int], element: Any) -> str:
         layout = gl.NVMMASharedLayout.get_default_for(box, element)
@@ -159,50 +173,81 @@ def compile_hopper(block_m: int, x: str, act: int, operand_order: bool) -> dict[
         "OPERAND_ORDER": operand_order,
         "input_scale_ptr": None,
     }
-    constants |= {"STAGES": weight_stages} if small else {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}
+    if small:
+        constants |= {"STAGES": weight_stages, "REDUCE": reduce}
+        constants |= {} if reduce else {"partial_ptr": None, "count_ptr": None}
+    else:
+        constants |= {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}
     if not fp8:
         constants |= {"fold_ptr": None, "token_ptr": None}
     element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[x]
     out = "fp16" if x == "fp16" else "bf16"
     types = {
-        "w_desc": descriptor("i32", [8 * warps, 16], gl.int32),
+        "w_desc": descriptor("i32", [8 * warps, 32 if small else 16], gl.int32),
         "s_desc": descriptor("i16", [8 * warps, 8], gl.int16),
         "x_desc": descriptor(x, [block_m, 128 if fp8 else 64], element),
         "out_ptr": f"*{out}",
         "bias_ptr": f"*{out}",
-        **dict.fromkeys(("fold_ptr", "row_ptr", "token_ptr"), "*fp32"),
-        **dict.fromkeys(("tile_to_expert", "offsets"), "*i32"),
+        **dict.fromkeys(("fold_ptr", "row_ptr", "token_ptr", "partial_ptr"), "*fp32"),
+        **dict.fromkeys(("count_ptr", "live_ptr", "tile_to_expert", "offsets"), "*i32"),
     }
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = ("out_ptr", "fold_ptr", "row_ptr", "token_ptr", "bias_ptr", "N")
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants}
+    aligned = ("out_ptr", "fold_ptr", "row_ptr", "token_ptr", "bias_ptr", "partial_ptr", "N")
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names and name not in constants
+    }
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
     return {
-        "name": f"hopper {block_m} {x} {act}",
+        "name": f"hopper {block_m} {x} {act}{' split' if reduce else ''}",
         "arch": 90,
+        "rows": block_m,
         "ptx": compiled.asm["ptx"],
+        "ptxas": ptxas_says(compiled.asm["ptx"]),
         "shared": compiled.metadata.shared,
         "warps": warps,
+        "resident": resident,
         **resource_usage(compiled),
     }
 
 
+def compile_operand(block: int, permute: bool) -> dict[str, Any]:
+    """The Hopper kernel that quantizes rows of `block` values."""
+    kernel = moe_operand_hopper.operand_fp8_kernel
+    constants = moe_operand_hopper.shape_of(block, permute) | {"SCATTER": permute, "TOP_K": 8 if permute else 1}
+    types = {"x_ptr": "*bf16", "index_ptr": "*i32", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = ("x_ptr", "q_ptr", "stride", "K")
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": constants["WARPS"], "launch_pdl": True, "enable_fp_fusion": False}
+    compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return {"name": f"fp8 operand {block}", "arch": 90, "ptx": compiled.asm["ptx"], **resource_usage(compiled)}
+
+
 HOPPER = [
+    (8, "fp8e4nv", 2, False, True),
+    (8, "bf16", 0, False),
     (16, "bf16", 2, True),
     (16, "fp8e4nv", 2, False),
     (32, "fp16", 0, False),
     (32, "fp8e4nv", 0, False),
+    (32, "bf16", 2, True, True),
     (64, "fp8e4nv", 2, False),
     (64, "bf16", 1, True),
     (128, "fp8e4nv", 2, False),
     (128, "fp8e4nv", 0, False),
     (128, "bf16", 2, True),
+    (256, "fp8e4nv", 2, False),
+    (256, "fp8e4nv", 0, False),
+    (256, "bf16", 2, True),
 ]
 ARCHS = (80, 89, 90, 120)
 
 if __name__ == "__main__":
     made = [compile_row(row, arch) for arch in ARCHS for row in rows(arch)]
     made += [compile_hopper(*one) for one in HOPPER]
+    made += [compile_operand(k, permute) for k in (128, 768, 2048, 7168, 14336) for permute in (False, True)]
     json.dump(made, sys.stdout)

@@ -117,6 +117,16 @@ def test_no_tokens():
     assert out.shape == (0, 64)
 
 
+def test_the_mode_of_auto_depends_on_the_slots_of_an_expert(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(kernels, "arch_of", lambda device: 90)
+    assert kernels.faster_mode(gpu, 64, 8, 128, 2048, 768) == "none"
+    assert kernels.faster_mode(gpu, 65, 8, 128, 2048, 768) == "fp8_per_token"
+    assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2880) == "none"  # the Hopper kernels do not take it
+    monkeypatch.setattr(kernels, "arch_of", lambda device: 89)
+    assert kernels.faster_mode(gpu, 4096, 8, 128, 2048, 768) == "none"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The steps
 

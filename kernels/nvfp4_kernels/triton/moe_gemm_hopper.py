@@ -25,10 +25,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
 from .gluon_compat import thread_barrier, tma_load
-from .hopper import decode_16, decode_fp8, halves, scale_pairs, tile_of
+from .hopper import decode_16, decode_fp8, halves, scale_pairs, sum_parts, tile_of
 from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
 from .numerics import arch_of
+from .workspace import split_k
 
 
 @gluon.constexpr_function
@@ -67,11 +68,13 @@ def _half_pairs_layout(warps):
 @gluon.jit
 def _load_weights(w_desc, s_desc, words, scales, bar, row, second, k, stage, more_bytes: gl.constexpr, pred):
     """Weight stage k (256 values of K) of rows row.. and row + second.. into slot `stage`; `more_bytes` come on `bar`, too."""
-    mbarrier.expect(bar, 4 * w_desc.block_type.nbytes + 2 * s_desc.block_type.nbytes + more_bytes, pred=pred)
+    BOX: gl.constexpr = w_desc.block_type.shape[1]
+    BOXES: gl.constexpr = 32 // BOX
+    mbarrier.expect(bar, 2 * BOXES * w_desc.block_type.nbytes + 2 * s_desc.block_type.nbytes + more_bytes, pred=pred)
     for part in gl.static_range(2):
-        for chunk in gl.static_range(2):
-            slot = words.index(stage * 4 + chunk * 2 + part)
-            tma_load(w_desc, [row + part * second, k * 32 + chunk * 16], bar, slot, pred=pred)
+        for box in gl.static_range(BOXES):
+            slot = words.index((stage * BOXES + box) * 2 + part)
+            tma_load(w_desc, [row + part * second, k * 32 + box * BOX], bar, slot, pred=pred)
         tma_load(s_desc, [row + part * second, k * 8], bar, scales.index(stage * 2 + part), pred=pred)
 
 
@@ -95,12 +98,13 @@ def _read_weights(words, scales, slot, chunk: gl.constexpr, WARPS: gl.constexpr)
     """Words [16 * WARPS, 16] and scale pairs [16 * WARPS, 4] of 128 values of K, from shared memory."""
     HALF_WORDS: gl.constexpr = _half_words_layout(WARPS)
     HALF_PAIRS: gl.constexpr = _half_pairs_layout(WARPS)
-    w = _interleave(
-        words.index(slot * 4 + chunk * 2).load(HALF_WORDS),
-        words.index(slot * 4 + chunk * 2 + 1).load(HALF_WORDS),
-        WARPS,
-        _words_layout(WARPS),
-    )
+    if words.shape[2] == 16:
+        first = words.index(slot * 4 + chunk * 2)
+        second = words.index(slot * 4 + chunk * 2 + 1)
+    else:
+        first = words.index(slot * 2).slice(16 * chunk, 16, dim=1)
+        second = words.index(slot * 2 + 1).slice(16 * chunk, 16, dim=1)
+    w = _interleave(first.load(HALF_WORDS), second.load(HALF_WORDS), WARPS, _words_layout(WARPS))
     s = _interleave(
         scales.index(slot * 2).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
         scales.index(slot * 2 + 1).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
@@ -148,10 +152,13 @@ def _row_factor(
 
 @gluon.jit
 def _finish(
-    acc, factor, out_ptr, token_ptr, bias_ptr, expert, row, n_tile, m0, N,
+    acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N,
     BM: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
-    """Scale, bias, rounding and activation function of products [16 * WARPS, BM], and their way to `out`."""
+    """Scale, bias, rounding and activation function of products [16 * WARPS, BM], and their way to `out`.
+
+    live_ptr: permuted_idx_to_token where padding rows are to be left out.
+    """
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     COLUMNS: gl.constexpr = 8 * WARPS if ACT == 2 else 16 * WARPS
     ACC: gl.constexpr = acc.type.layout
@@ -181,28 +188,29 @@ def _finish(
     out_row = (m0 + gl.arange(0, BM, gl.SliceLayout(1, ROWS))).to(gl.int64)
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, ROWS))
     width = N // 2 if ACT == 2 else N
+    live = gl.load(live_ptr + out_row) >= 0 if live_ptr is not None else out_row >= 0
     if OPERAND_ORDER:
         # The next GEMM's K is a multiple of 256: no tile is cut.
         PARTS: gl.constexpr = 128 // COLUMNS
         column = n_tile // PARTS * 128 + n_tile % PARTS * VECTOR + column // VECTOR * 8 + column % VECTOR
-        gl.store(out_ptr + out_row[:, None] * width + column[None, :], values)
+        gl.store(out_ptr + out_row[:, None] * width + column[None, :], values, mask=live[:, None])
     else:
         column = n_tile * COLUMNS + column
-        gl.store(out_ptr + out_row[:, None] * width + column[None, :], values, mask=(column < width)[None, :])
+        gl.store(out_ptr + out_row[:, None] * width + column[None, :], values, mask=live[:, None] & (column < width)[None, :])
 
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_kernel(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, tile_to_expert, offsets,
-    N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+    offsets, N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
     """out[rows of a tile] = epilogue(x @ weight[expert of the tile]^T), rows in permuted order; a tile a thread block.
 
-    w_desc int32 [E * N, K/8] in boxes [8 * WARPS, 16], s_desc int16 [E * N, K/32] in boxes [8 * WARPS, 8], x_desc [rows, K] in
-    the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0: none. OPERAND_ORDER:
-    out's columns come in the order that the next GEMM reads 16-bit operands in.
+    w_desc int32 [E * N, K/8] in boxes [8 * WARPS, 16 or 32], s_desc int16 [E * N, K/32] in boxes [8 * WARPS, 8],
+    x_desc [rows, K] in the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0:
+    none. OPERAND_ORDER: out's columns come in the order that the next GEMM reads 16-bit operands in.
 
     The launch may overlap the one before it, which has written x and no more: routing and weights are older.
     """
@@ -281,7 +289,160 @@ def grouped_gemm_kernel(
     factor = _row_factor(
         row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
     )
-    _finish(acc, factor, out_ptr, token_ptr, bias_ptr, expert, row, n_tile, m0, N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER)
+    _finish(
+        acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER
+    )
+
+
+@gluon.jit
+def _tile(unit, tile_to_expert, offsets, n_tiles, last_tile, BM: gl.constexpr, GROUP: gl.constexpr):
+    """(expert, tile along n, first row of x) of a unit of work; units past the last tile's count as its own."""
+    unit = gl.minimum(unit, (last_tile + 1) * n_tiles - 1)
+    expert = gl.maximum(gl.load(tile_to_expert + unit // n_tiles), 0)
+    first_tile = gl.load(offsets + expert) // BM
+    m_tiles = gl.load(offsets + expert + 1) // BM - first_tile
+    n_tile, m_tile = tile_of(unit - first_tile * n_tiles, n_tiles, m_tiles, GROUP)
+    return expert, n_tile, (first_tile + m_tile) * BM
+
+
+@gluon.jit(do_not_specialize=["n_tiles"])
+def grouped_gemm_long_kernel(
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+    offsets, N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
+    ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+):  # fmt: skip
+    """`grouped_gemm_kernel` for many rows and long K, persistent: a block a multiprocessor, whose loads run ahead across tiles.
+
+    256 rows halve what decoding costs a product, and leave no room for a second block.
+    """
+    BN: gl.constexpr = 16 * WARPS
+    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
+    FP16: gl.constexpr = x_desc.dtype == gl.float16
+    XK: gl.constexpr = 128 if FP8 else 64  # values of K in an x stage: rows of 128 bytes
+    PER_STAGE: gl.constexpr = 256 // XK
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
+    COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN  # of out
+    second = N // 2 if ACT == 2 else BN // 2
+
+    BOX: gl.constexpr = w_desc.block_type.shape[1]
+    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 64 // BOX, BN // 2, BOX], w_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES * 2, BN // 2, 8], s_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
+    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WEIGHT_STAGES):
+        mbarrier.init(w_bars.index(i), count=1)
+    for i in gl.static_range(X_STAGES):
+        mbarrier.init(x_bars.index(i), count=1)
+    fence_async_shared()
+
+    tiles = gl.load(offsets + experts) // BM
+    units = tiles * n_tiles
+    last_tile = gl.maximum(tiles - 1, 0)
+    stride = gl.num_programs(0)
+    x_stages = k_stages * PER_STAGE
+    # The loads run ahead of the products, across tiles: cursors of the weight stage and of the x stage to load next.
+    w_unit = gl.program_id(0)
+    expert, n_tile, m0 = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+    w_row = expert * N + n_tile * COLUMNS
+    w_k = 0
+    for i in gl.static_range(WEIGHT_STAGES - 1):
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_row, second, w_k, i, 0, w_unit < units)
+        w_k += 1
+        if w_k == k_stages:
+            w_k = 0
+            w_unit += stride
+            w_expert, w_n, _ = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+            w_row = w_expert * N + w_n * COLUMNS
+    gdc_wait()
+    gdc_launch_dependents()
+    x_unit = gl.program_id(0)
+    x_row = m0
+    x_k = 0
+    for i in gl.static_range(X_STAGES - 1):
+        _load_x(x_desc, x_ring, x_bars, x_row, x_k, i, XK, x_unit < units)
+        x_k += 1
+        if x_k == x_stages:
+            x_k = 0
+            x_unit += stride
+            _, _, x_row = _tile(x_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+
+    w_slot = 0
+    w_phase = 0
+    w_free = WEIGHT_STAGES - 1
+    x_slot = 0
+    x_phase = 0
+    x_free = X_STAGES - 1
+    for unit in range(gl.program_id(0), units, stride):
+        expert, n_tile, m0 = _tile(unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+        if FP8:
+            fold = _fold_pairs(fold_ptr, expert, n_tile * COLUMNS, second, N, WARPS)
+        token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
+        for _stage in range(k_stages):
+            mbarrier.wait(w_bars.index(w_slot), w_phase)
+            for chunk in gl.static_range(2):
+                w, s = _read_weights(words, scales, w_slot, chunk, WARPS)
+                if not FP8:
+                    s_first, s_second = scale_pairs(s, FP16)
+                    w_first, w_second = halves(w, BN)
+                for half in gl.static_range(PER_STAGE // 2):
+                    if FP8:
+                        a = decode_fp8(w, s, fold, BN, OPERAND)
+                    else:
+                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    mbarrier.wait(x_bars.index(x_slot), x_phase)
+                    token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
+                    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+                    # The products before these are done, in every warp once past the barrier: their x stage is free.
+                    thread_barrier()
+                    _load_x(x_desc, x_ring, x_bars, x_row, x_k, x_free, XK, x_unit < units)
+                    x_free = x_slot
+                    x_slot += 1
+                    if x_slot == X_STAGES:
+                        x_slot = 0
+                        x_phase ^= 1
+                    x_k += 1
+                    if x_k == x_stages:
+                        x_k = 0
+                        x_unit += stride
+                        _, _, x_row = _tile(x_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+            # Past the barrier, every warp has read the stage before: that slot is free.
+            _load_weights(w_desc, s_desc, words, scales, w_bars.index(w_free), w_row, second, w_k, w_free, 0, w_unit < units)
+            w_free = w_slot
+            w_slot += 1
+            if w_slot == WEIGHT_STAGES:
+                w_slot = 0
+                w_phase ^= 1
+            w_k += 1
+            if w_k == k_stages:
+                w_k = 0
+                w_unit += stride
+                w_expert, w_n, _ = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+                w_row = w_expert * N + w_n * COLUMNS
+        acc = warpgroup_mma_wait(0, deps=[token])
+        PART: gl.constexpr = min(BM, 128)
+        PART_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PART, 32 if FP8 else 16])
+        row = _weight_rows(n_tile * COLUMNS, second, WARPS, PART_ACC)
+        factor = _row_factor(
+            row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
+        )
+        if BM > 128:
+            low, high = gl.split(gl.permute(gl.reshape(acc, [BN, 2, PART]), [0, 2, 1]))
+            low = gl.convert_layout(low, PART_ACC, assert_trivial=True)
+            high = gl.convert_layout(high, PART_ACC, assert_trivial=True)
+            for half in gl.static_range(2):
+                _finish(
+                    low if half == 0 else high, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile,
+                    m0 + half * PART, N,
+                    PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+                )  # fmt: skip
+        else:
+            _finish(
+                acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N,
+                BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -293,16 +454,24 @@ def _load_stage_x(x_desc, x_ring, bar, m0, k, stage, pred):
         tma_load(x_desc, [m0, k * 256 + part * XK], bar, slot, pred=pred)
 
 
-@gluon.jit(do_not_specialize=["n_tiles"])
+@gluon.jit
+def _unit(unit, n_tiles, split):
+    """(tile, tile along n, part of K) of a unit of work: the parts of a tile lie side by side."""
+    tile = unit // split
+    return tile // n_tiles, tile % n_tiles, unit % split
+
+
+@gluon.jit(do_not_specialize=["n_tiles", "split"])
 def grouped_gemm_decode_kernel(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, tile_to_expert, offsets,
-    N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, partial_ptr, count_ptr,
+    tile_to_expert, offsets, N, k_stages, n_tiles, split, experts, row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr,
-    OPERAND_ORDER: gl.constexpr,
+    OPERAND_ORDER: gl.constexpr, REDUCE: gl.constexpr,
 ):  # fmt: skip
     """`grouped_gemm_kernel` for small tiles: bound by the bytes of the weights, so that their stream must not stop.
 
     Persistent: the loads run ahead across tiles. What a tile needs beside them is read a tile ahead: its expert two.
+    REDUCE: `split` blocks share a tile, k_stages each, and the last of them adds up.
     """
     BN: gl.constexpr = 16 * WARPS
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
@@ -314,8 +483,11 @@ def grouped_gemm_decode_kernel(
     COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN
     X_BYTES: gl.constexpr = PER_STAGE * x_desc.block_type.nbytes
     second = N // 2 if ACT == 2 else BN // 2
+    if not REDUCE:
+        split = 1
 
-    words = gl.allocate_shared_memory(gl.int32, [STAGES * 4, BN // 2, 16], w_desc.layout)
+    BOX: gl.constexpr = w_desc.block_type.shape[1]
+    words = gl.allocate_shared_memory(gl.int32, [STAGES * 64 // BOX, BN // 2, BOX], w_desc.layout)
     scales = gl.allocate_shared_memory(gl.int16, [STAGES * 2, BN // 2, 8], s_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * PER_STAGE, BM, XK], x_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -324,50 +496,60 @@ def grouped_gemm_decode_kernel(
     fence_async_shared()
 
     tiles = gl.load(offsets + experts) // BM
-    units = tiles * n_tiles
+    units = tiles * n_tiles * split
     stride = gl.num_programs(0)
     start = gl.program_id(0)
     # Experts of units past the end: the map has an entry for any unit that is clamped to the last one.
-    last = gl.maximum(tiles - 1, 0)
-    expert = gl.load(tile_to_expert + gl.minimum(start // n_tiles, last))
-    expert_next = gl.load(tile_to_expert + gl.minimum((start + stride) // n_tiles, last))
+    last_tile = gl.maximum(tiles - 1, 0)
+    expert = gl.load(tile_to_expert + gl.minimum(start // split // n_tiles, last_tile))
+    expert_next = gl.load(tile_to_expert + gl.minimum((start + stride) // split // n_tiles, last_tile))
     load_unit = start
-    load_k = 0
+    load_tile, load_n, load_part = _unit(start, n_tiles, split)
+    load_k = load_part * k_stages
+    left = k_stages
     load_expert = expert
     load_expert_next = expert_next
     for i in gl.static_range(STAGES - 1):
-        row0 = load_expert * N + load_unit % n_tiles * COLUMNS
+        row0 = load_expert * N + load_n * COLUMNS
         _load_weights(w_desc, s_desc, words, scales, bars.index(i), row0, second, load_k, i, X_BYTES, load_unit < units)
         load_k += 1
-        if load_k == k_stages:
-            load_k = 0
+        left -= 1
+        if left == 0:
             load_unit += stride
+            load_tile, load_n, load_part = _unit(load_unit, n_tiles, split)
+            load_k = load_part * k_stages
+            left = k_stages
             load_expert = load_expert_next
-            load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // n_tiles, last))
+            load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // split // n_tiles, last_tile))
     gdc_wait()
     gdc_launch_dependents()
     x_unit = start
-    x_k = 0
+    x_tile, _, x_part = _unit(start, n_tiles, split)
+    x_k = x_part * k_stages
+    x_left = k_stages
     for i in gl.static_range(STAGES - 1):
-        _load_stage_x(x_desc, x_ring, bars.index(i), x_unit // n_tiles * BM, x_k, i, x_unit < units)
+        _load_stage_x(x_desc, x_ring, bars.index(i), x_tile * BM, x_k, i, x_unit < units)
         x_k += 1
-        if x_k == k_stages:
-            x_k = 0
+        x_left -= 1
+        if x_left == 0:
             x_unit += stride
+            x_tile, _, x_part = _unit(x_unit, n_tiles, split)
+            x_k = x_part * k_stages
+            x_left = k_stages
     if FP8:
-        fold_next = _fold_pairs(fold_ptr, gl.maximum(expert, 0), start % n_tiles * COLUMNS, second, N, WARPS)
+        fold_next = _fold_pairs(fold_ptr, gl.maximum(expert, 0), start // split % n_tiles * COLUMNS, second, N, WARPS)
 
     step = 0
     for unit in range(start, units, stride):
-        n_tile = unit % n_tiles
-        m0 = unit // n_tiles * BM
+        tile, n_tile, _ = _unit(unit, n_tiles, split)
+        m0 = tile * BM
         row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
         factor = _row_factor(
             row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
         )
         if FP8:
             fold = fold_next
-            fold_next = _fold_pairs(fold_ptr, expert_next, (unit + stride) % n_tiles * COLUMNS, second, N, WARPS)
+            fold_next = _fold_pairs(fold_ptr, expert_next, (unit + stride) // split % n_tiles * COLUMNS, second, N, WARPS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
         for _stage in range(k_stages):
             slot = step % STAGES
@@ -389,20 +571,30 @@ def grouped_gemm_decode_kernel(
             # The stage before this one is free: its products are done, in every warp past the barrier.
             free = (step + STAGES - 1) % STAGES
             more = load_unit < units
-            row0 = load_expert * N + load_unit % n_tiles * COLUMNS
+            row0 = load_expert * N + load_n * COLUMNS
             _load_weights(w_desc, s_desc, words, scales, bars.index(free), row0, second, load_k, free, X_BYTES, more)
-            _load_stage_x(x_desc, x_ring, bars.index(free), load_unit // n_tiles * BM, load_k, free, more)
+            _load_stage_x(x_desc, x_ring, bars.index(free), load_tile * BM, load_k, free, more)
             step += 1
             load_k += 1
-            if load_k == k_stages:
-                load_k = 0
+            left -= 1
+            if left == 0:
                 load_unit += stride
+                load_tile, load_n, load_part = _unit(load_unit, n_tiles, split)
+                load_k = load_part * k_stages
+                left = k_stages
                 load_expert = load_expert_next
-                load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // n_tiles, last))
+                load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // split // n_tiles, last_tile))
         acc = warpgroup_mma_wait(0, deps=[token])
-        _finish(acc, factor, out_ptr, token_ptr, bias_ptr, expert, row, n_tile, m0, N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER)
+        last = True
+        if REDUCE:
+            last, acc = sum_parts(acc, partial_ptr, count_ptr, unit // split, unit, split, BN, BM, WARPS)
+        if last:
+            _finish(
+                acc, factor, out_ptr, token_ptr, bias_ptr, None, expert, row, n_tile, m0,
+                N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+            )  # fmt: skip
         expert = expert_next
-        expert_next = gl.load(tile_to_expert + gl.minimum((unit + 2 * stride) // n_tiles, last))
+        expert_next = gl.load(tile_to_expert + gl.minimum((unit + 2 * stride) // split // n_tiles, last_tile))
 
 
 def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str) -> bool:
@@ -415,15 +607,27 @@ def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str
     )
 
 
-_DECODE_ROWS = 32  # tiles up to which the persistent kernel serves
-_SHARED_BYTES = 227 << 10  # of a multiprocessor
+_DECODE_ROWS = 32  # tiles up to which the kernel for few rows serves
+_LONG_ROWS = 256
+_MIN_STAGES = 2  # of a part of K
 
 
-def tiling(block_m: int, fp8: bool) -> tuple[int, int, int]:
-    """(warps, weight stages, x stages) of a tile of `block_m` rows; the small ones have stages of both together."""
+def tiling(block_m: int, fp8: bool) -> tuple[int, int, int, int]:
+    """(warps, weight stages, x stages, blocks of a multiprocessor) of a tile of `block_m` rows.
+
+    The small ones have stages of weights and x together.
+    """
     if block_m <= _DECODE_ROWS:
-        return 4, 3 if block_m == 32 and not fp8 else 4, 0
-    return 8, 2, 3 if block_m == 128 else 4
+        x_size = block_m if fp8 else 2 * block_m
+        return 4, 4 if x_size <= 32 else 3, 0, 4 if x_size <= 16 else 3 if x_size <= 32 else 2
+    if block_m == _LONG_ROWS:
+        return 8, 3, 4, 1
+    return 8, 2, 3 if block_m == 128 else 4, 2
+
+
+def split_of(stages: int, units: int, blocks: int) -> int:
+    """Blocks that share a tile: the largest divisor of its `stages` with which `units` tiles are no more than `blocks`."""
+    return max((d for d in range(1, stages // _MIN_STAGES + 1) if stages % d == 0 and d * units <= blocks), default=1)
 
 
 def _descriptor(t: torch.Tensor, box: list[int], dtype: gl.dtype) -> TensorDescriptor:
@@ -445,15 +649,17 @@ def grouped_gemm(
     experts, n, half_k = weights.data.shape
     gated_act = act_fn is not None and act_fn not in UNGATED
     fp8 = x.dtype == torch.float8_e4m3fn
-    warps, weight_stages, x_stages = tiling(block_m, fp8)
+    warps, weight_stages, x_stages, resident = tiling(block_m, fp8)
+    box = 32 if block_m <= _DECODE_ROWS else 16  # words of a row in a bulk copy
     columns = 8 * warps if gated_act else 16 * warps
     width = n // 2 if gated_act else n
     n_tiles = triton.cdiv(width, columns)
     out = x.new_empty((x.shape[0], width), dtype=dtype)
     element = gl.float8e4nv if fp8 else gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     units = len(routing.tile_to_expert) * n_tiles
-    arguments = (
-        _descriptor(weights.data.view(torch.int32).view(experts * n, -1), [8 * warps, 16], gl.int32),
+    stages = half_k // 128
+    operands = (
+        _descriptor(weights.data.view(torch.int32).view(experts * n, -1), [8 * warps, box], gl.int32),
         _descriptor(weights.scales.view(torch.int16).view(experts * n, -1), [8 * warps, 8], gl.int16),
         _descriptor(x, [block_m, 128 if fp8 else 64], element),
         out,
@@ -462,11 +668,9 @@ def grouped_gemm(
         x_scale,
         weights.input_scale,
         weights.bias,
-        routing.tile_to_expert,
-        routing.expert_offsets,
-        n,
-        half_k // 128,
-        n_tiles,
+    )
+    maps = (routing.tile_to_expert, routing.expert_offsets, n)
+    strides = (
         experts,
         weights.row_scale.shape[1],
         int(weights.row_scale.shape[1] > 1),
@@ -481,11 +685,24 @@ def grouped_gemm(
         "num_warps": warps,
         "launch_pdl": True,
     }
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     if block_m <= _DECODE_ROWS:
-        stage_bytes = 16 * warps * (128 + 16) + 256 * block_m * x.element_size()
-        resident = min(4, _SHARED_BYTES // (weight_stages * stage_bytes + 2048))
-        grid = min(units, resident * torch.cuda.get_device_properties(x.device).multi_processor_count)
-        grouped_gemm_decode_kernel[(grid,)](*arguments, STAGES=weight_stages, **options)
+        # Where a fourth block saves a round of tiles, it gets the room of a stage. An expert has about one tile.
+        tiles = min(len(routing.tile_to_expert), experts) * n_tiles
+        if resident == 3 and 4 * triton.cdiv(tiles, 4 * processors) < 0.8 * 3 * triton.cdiv(tiles, 3 * processors):
+            weight_stages, resident = 3, 4
+        blocks = resident * processors
+        split = split_of(stages, units, blocks)
+        partial, count = split_k(x.device, units * split * 16 * warps * block_m, units) if split > 1 else (None, None)
+        grouped_gemm_decode_kernel[(min(units * split, blocks),)](
+            *operands, partial, count, *maps, stages // split, n_tiles, split, *strides,
+            STAGES=weight_stages, REDUCE=split > 1, **options,
+        )  # fmt: skip
     else:
-        grouped_gemm_kernel[(units,)](*arguments, WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **options)
+        long = block_m == _LONG_ROWS
+        kernel = grouped_gemm_long_kernel if long else grouped_gemm_kernel
+        kernel[(min(units, processors) if long else units,)](
+            *operands, routing.permuted_idx_to_token, *maps, stages, n_tiles, *strides,
+            WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **options,
+        )  # fmt: skip
     return out
