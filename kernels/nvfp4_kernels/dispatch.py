@@ -99,8 +99,8 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve_activation(activation: str, device: torch.device, m: int, n: int, k: int) -> str:
-    """The mode that "auto" stands for on `device` for a product [m, k] x [k, n]; any other mode is returned as it is."""
+def _settled(activation: str, device: torch.device, operation: str) -> str | None:
+    """The mode that an activation stands for on `device` at any shape; None where the operation's own kernels decide."""
     if activation != "auto":
         return activation
     if device.type != "cuda":
@@ -108,12 +108,25 @@ def resolve_activation(activation: str, device: torch.device, m: int, n: int, k:
     major, minor = torch.cuda.get_device_capability(device)
     if major >= 10:
         return "nvfp4_per_token"
-    if (major, minor) < (8, 9):
+    if (major, minor) < (8, 9) or _gpu_function(operation) is None:
         return "none"
-    gpu = _gpu_function("linear")
-    if gpu is None:
-        return "none"
-    return importlib.import_module("nvfp4_kernels.triton.linear").faster_mode(device, m, n, k)
+    return None
+
+
+def resolve_activation(activation: str, device: torch.device, m: int, n: int, k: int) -> str:
+    """The mode that "auto" stands for on `device` for a product [m, k] x [k, n]; any other mode is returned as it is."""
+    settled = _settled(activation, device, "linear")
+    return settled or importlib.import_module("nvfp4_kernels.triton.linear").faster_mode(device, m, n, k)
+
+
+def resolve_moe_activation(
+    activation: str, device: torch.device, tokens: int, top_k: int, experts: int, hidden: int, inner: int
+) -> str:
+    """As `resolve_activation` for a layer of `experts` local experts, each from `hidden` to `inner` features and back."""
+    settled = _settled(activation, device, "fused_moe")
+    return settled or importlib.import_module("nvfp4_kernels.triton.moe").faster_mode(
+        device, tokens, top_k, experts, hidden, inner
+    )
 
 
 def explain(device: torch.device | str) -> list[Choice]:

@@ -179,7 +179,8 @@ def fused_moe(
     apply_router_weight_on_input,
     backend,
 ) -> torch.Tensor:
-    mode = dispatch.resolve_activation(activation, x.device, x.shape[0], w13_data.shape[1], x.shape[1])
+    (tokens, top_k), (experts, hidden, half_inner) = topk_ids.shape, w2_data.shape
+    mode = dispatch.resolve_moe_activation(activation, x.device, tokens, top_k, experts, hidden, 2 * half_inner)
     return dispatch.implementation("fused_moe", x.device, backend)(
         x,
         w13_data,
