@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 C = 1 / (448 * 6)
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
-CASES = 1150  # for each of nine pairs of dtype and layout: 10,350
+CASES = 575  # for each of 18 triples of dtype, layout and kind of scale: 10,350
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-7, 448.0, 3e38)
 
 
@@ -66,7 +66,8 @@ def same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> b
 
 @pytest.mark.parametrize("layout", list(SfLayout))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ten_thousand_random_cases(dtype: torch.dtype, layout: SfLayout):
+@pytest.mark.parametrize("per_token", [True, False])
+def test_ten_thousand_random_cases(per_token: bool, dtype: torch.dtype, layout: SfLayout):
     seed = random.randrange(2**31)
     random.seed(seed)
     torch.manual_seed(seed)
@@ -74,7 +75,6 @@ def test_ten_thousand_random_cases(dtype: torch.dtype, layout: SfLayout):
         # Mostly small shapes; every way to hold a row comes up.
         k = 16 * random.choice([*range(1, 129)] * 3 + [256, 257, 511, 640, 1024, 1040])
         m = random.choice([random.randrange(1, 20), random.randrange(1, 400)]) if k <= 2048 else random.choice([1, 5, 20, 66])
-        per_token = random.random() < 0.5
         form = random.choice(["all", "out", "named", "listed"])
         shuffle = layout == SfLayout.layout_128x4 and form == "all" and random.random() < 0.2
         if shuffle:
@@ -116,13 +116,14 @@ def test_ten_thousand_random_cases(dtype: torch.dtype, layout: SfLayout):
 
 
 @pytest.mark.parametrize("layout", list(SfLayout))
-def test_permute_quantize(layout: SfLayout):
-    for _ in range(150):
-        # A kernel is compiled for each top_k, dtype and power of two of blocks.
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_permute_quantize(dtype: torch.dtype, layout: SfLayout):
+    for _ in range(50):
+        # A kernel is compiled for each top_k and power of two of blocks.
         tokens, top_k = random.randrange(1, 300), random.choice([1, 3, 8])
         k = 16 * random.randrange(*random.choice([(9, 17), (65, 129), (129, 257)]))
         rows = tokens * top_k + random.randrange(300)
-        x = matrix(tokens, k, random.choice(DTYPES), special=random.random() < 0.5)
+        x = matrix(tokens, k, dtype, special=random.random() < 0.5)
         index = torch.randperm(rows, device="cuda")[: tokens * top_k].view(tokens, top_k).int()
         index = torch.where(torch.rand(index.shape, device="cuda") < 0.2, -1, index)
         expected = reference.permute_quantize(x, index, rows, base(), layout=int(layout))
