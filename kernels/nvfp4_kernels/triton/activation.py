@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .launch import cdiv, next_power_of_2
 from .numerics import arch_of, e2m1_decode, e4m3_decode
 
 _E4M3_MAX = tl.constexpr(448.0)
@@ -71,7 +72,7 @@ def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tenso
     fp8 = arch >= 89
     q = torch.empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(k)
+    block = next_power_of_2(k)
     if arch == 90 and k % 256 == 0 and order in ("natural", "fp8"):
         from .activation_hopper import quantize_fp8_rows
 
@@ -112,9 +113,9 @@ def permute(x: torch.Tensor, order: str) -> torch.Tensor:
     """x [M, K] with K in `order`."""
     m, k = x.shape
     out = torch.empty(m, k, dtype=x.dtype, device=x.device)
-    block = min(1024 if m <= 64 else 4096, triton.next_power_of_2(k))
+    block = min(1024 if m <= 64 else 4096, next_power_of_2(k))
     pdl = arch_of(x.device) >= 90
-    _permute_kernel[(m, triton.cdiv(k, block))](
+    _permute_kernel[(m, cdiv(k, block))](
         x, out, x.stride(0), k, order, block, pdl, num_warps=max(1, block // 512), **_overlapped(pdl)
     )
     return out
@@ -139,9 +140,7 @@ def decode(q: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype, order: str) ->
     """Codes uint8 [M, K/2] and linear scale bytes [M, K/16] to e2m1 * SF [M, K] in a 16-bit dtype, exactly, K in `order`."""
     m, k = q.shape[0], q.shape[1] * 2
     out = torch.empty(m, k, dtype=dtype, device=q.device)
-    block = min(4096, triton.next_power_of_2(k))
+    block = min(4096, next_power_of_2(k))
     pdl = arch_of(q.device) >= 90
-    _decode_kernel[(m, triton.cdiv(k, block))](
-        q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8, **_overlapped(pdl)
-    )
+    _decode_kernel[(m, cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8, **_overlapped(pdl))
     return out

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..formats import SfLayout
 from ..reference.linear import INVERSE_BASE
+from .launch import cdiv
 from .quantize import quantize
 
 
@@ -77,7 +78,7 @@ def run(
         token = input_scale.reshape(1)
         codes, sf, _ = quantize(x, 1.0 / token, layout=SfLayout.layout_linear)
     bn, bk = 128, 128 if k % 256 else 256
-    gemm_dot_scaled[(triton.cdiv(m, 128) * triton.cdiv(n, bn),)](
+    gemm_dot_scaled[(cdiv(m, 128) * cdiv(n, bn),)](
         codes, sf.view(torch.float8_e4m3fn), data, scales, row_scale, token, bias, out,
         m, n, k, 1 if row_scale.numel() > 1 else 0, 1 if token.numel() > 1 else 0,
         BIAS=bias is not None, BM=128, BN=bn, BK=bk, num_warps=8 if bk == 256 else 4, num_stages=3,

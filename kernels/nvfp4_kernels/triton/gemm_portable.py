@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation import round_e4m3
+from .launch import cdiv, next_power_of_2
 from .numerics import e2m1_decode, e4m3_decode
 
 
@@ -81,9 +82,9 @@ def run(
     """Launch into out [M, N]; x is the operand [M, K], its scales apart."""
     m, k = x.shape
     n = data.shape[0]
-    bm = min(128, max(16, triton.next_power_of_2(m)))
+    bm = min(128, max(16, next_power_of_2(m)))
     bn, bk = (128, 64) if bm >= 64 else (64, 128)
-    gemm_portable[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+    gemm_portable[(cdiv(m, bm) * cdiv(n, bn),)](
         x, data, scales.view(torch.uint8), fp8_fold, row_scale, token_scale, bias, out,
         m, n, k, x.stride(0), 1 if row_scale.numel() > 1 else 0,
         FP8=fp8_fold is not None, TOKEN=token_scale is not None, BIAS=bias is not None,

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from ..formats import SfLayout
 from ..reference.linear import INVERSE_BASE
 from . import gemm_portable
 from .activation import decode, permute, quantize_fp8
+from .launch import cdiv, next_power_of_2
 from .quantize import quantize
 from .widen import widen_fp8
 from .workspace import split_k
@@ -114,15 +114,15 @@ def split_of(stages: int, tiles: int, blocks: int) -> int:
 
 def _rule_few(n: int, processors: int) -> Plan:
     # Measured best with 11 warps and more on every processor.
-    warps = 4 if triton.cdiv(n, 16) * 4 >= processors * 11 else 8
+    warps = 4 if cdiv(n, 16) * 4 >= processors * 11 else 8
     return Plan("few", {"warps_k": warps, "warps_n": 1}, "a few rows are bound by the weights' bytes")
 
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
-    bm = min(64, max(16 if fp8 else 8, triton.next_power_of_2(m)))
+    bm = min(64, max(16 if fp8 else 8, next_power_of_2(m)))
     shapes = {8: (4, 3, 4), 16: (4, 3, 4), 32: (4, 3, 4 if fp8 else 2), 64: (4, 3, 3) if fp8 else (8, 2, 2)}
     warps, stages, resident = shapes[bm]
-    tiles = triton.cdiv(n, 16 * warps) * triton.cdiv(m, bm)
+    tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
     # More shares than these cost more to add up than they gain.
     blocks = processors * 7 // 2 if bm <= 16 else processors * 2
     split = split_of(k // _K_STEP, tiles, blocks)
@@ -138,9 +138,9 @@ def _rule_large(m: int, n: int, k: int, processors: int) -> Plan:
     stages = k // _K_STEP
     best = (float("inf"), 0, 0)
     for bm, step, add in ((128, 1.0, 2.0), (256, 1.45, 3.0)):
-        tiles = triton.cdiv(n, _TILE_N) * triton.cdiv(m, bm)
+        tiles = cdiv(n, _TILE_N) * cdiv(m, bm)
         for split in (d for d in range(1, 9) if d == 1 or (stages % d == 0 and stages // d >= 2 and tiles < processors)):
-            waves = triton.cdiv(tiles * split, processors)
+            waves = cdiv(tiles * split, processors)
             best = min(best, (waves * stages // split * step + (add * split if split > 1 else 0), bm, split))
     return Plan(
         "large",
@@ -149,6 +149,7 @@ def _rule_large(m: int, n: int, k: int, processors: int) -> Plan:
     )
 
 
+@functools.lru_cache(4096)
 def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """The GEMM for x [m, k] in `dtype` under an activation mode (not "auto") and a weight [n, k] on `device`."""
     _, arch, processors = _device(device.index or 0)
@@ -206,15 +207,20 @@ def describe(mode: str, device: torch.device) -> tuple[str, str]:
 # Running
 
 
-def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int | None) -> Any:
+@functools.cache
+def _layout(swizzle: int, bits: int) -> Any:
     from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+
+
+def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int | None) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     bits = tensor.element_size() * 8
     if swizzle is None:
         swizzle = min(128, block[-1] * tensor.element_size())
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, _layout(swizzle, bits))
 
 
 def _launch_few(
@@ -232,7 +238,7 @@ def _launch_few(
     m, k = x.shape
     n = data.shape[0]
     warps_k, warps_n = options["warps_k"], options["warps_n"]
-    gemm_few[(triton.cdiv(n, 16 * warps_n),)](
+    gemm_few[(cdiv(n, 16 * warps_n),)](
         data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias,
         n, m, k // _K_STEP, k // 8, k // 64, x.stride(0), 1 if row_scale.numel() > 1 else 0,
         KW=warps_k, NW=warps_n, TOKEN=token_scale is not None, BIAS=bias is not None,
@@ -259,7 +265,7 @@ def _launch_wgmma(
     bm = options["bm"]
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
-    tiles = triton.cdiv(n, bn) * triton.cdiv(m, bm)
+    tiles = cdiv(n, bn) * cdiv(m, bm)
     words = _descriptor(data.view(torch.int32), [bn, 32], 128) if few else _descriptor(data.view(torch.int32), [bn, 16], 64)
     pairs = _descriptor(scales.view(torch.int16), [bn, 8], 0)
     row_stride = 1 if row_scale.numel() > 1 else 0

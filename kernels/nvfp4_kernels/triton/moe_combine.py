@@ -9,6 +9,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..reference.moe import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from ..reference.moe_routing import Routing
+from .launch import cdiv, next_power_of_2
 from .numerics import arch_of
 
 _ALPHA = tl.constexpr(SWIGLU_OAI_ALPHA)
@@ -93,9 +94,9 @@ def combine(y: torch.Tensor, routing: Routing, topk_weights: torch.Tensor | None
     """out[t] = sum over slots, in order and in fp32, of topk_weights[t, slot] * y[row of the slot]; no weights: plain sum."""
     tokens, top_k = routing.expanded_idx_to_permuted_idx.shape
     hidden = y.shape[1]
-    block = min(triton.next_power_of_2(hidden), 1024)
+    block = min(next_power_of_2(hidden), 1024)
     pdl = arch_of(y.device) >= 90  # the launch overlaps the end of the one before
-    combine_kernel[(tokens, triton.cdiv(hidden, block))](
+    combine_kernel[(tokens, cdiv(hidden, block))](
         y,
         routing.expanded_idx_to_permuted_idx,
         topk_weights,

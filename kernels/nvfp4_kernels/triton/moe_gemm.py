@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
+from .launch import cdiv
 from .moe_combine import gated, ungated
 from .numerics import arch_of, e4m3_decode
 
@@ -159,7 +160,7 @@ def grouped_gemm(
     out = x.new_empty((tiles * block_m, n // 2 if act == _GATED else n), dtype=dtype)
     block_n = 64 if n <= 64 or block_m >= 128 else 128
     block_k = 64 if block_m >= 64 or k % 128 else 128
-    n_blocks = triton.cdiv(n, block_n)
+    n_blocks = cdiv(n, block_n)
     grouped_gemm_kernel[(tiles * n_blocks,)](
         x,
         routing.permuted_idx_to_token,

@@ -8,8 +8,9 @@ thread's registers, and the epilogue forms act(gate) * up without an exchange.
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +27,7 @@ from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
 from .gluon_compat import thread_barrier, tma_load
 from .hopper import decode_16, decode_fp8, halves, scale_pairs, sum_parts, tile_of
+from .launch import cdiv
 from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
 from .numerics import arch_of
@@ -630,8 +632,13 @@ def split_of(stages: int, units: int, blocks: int) -> int:
     return max((d for d in range(1, stages // _MIN_STAGES + 1) if stages % d == 0 and d * units <= blocks), default=1)
 
 
-def _descriptor(t: torch.Tensor, box: list[int], dtype: gl.dtype) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+@functools.cache
+def _layout(box: tuple[int, int], dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), dtype)
+
+
+def _descriptor(t: torch.Tensor, box: tuple[int, int], dtype: gl.dtype) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(t, list(box), _layout(box, dtype))
 
 
 def grouped_gemm(
@@ -653,15 +660,15 @@ def grouped_gemm(
     box = 32 if block_m <= _DECODE_ROWS else 16  # words of a row in a bulk copy
     columns = 8 * warps if gated_act else 16 * warps
     width = n // 2 if gated_act else n
-    n_tiles = triton.cdiv(width, columns)
+    n_tiles = cdiv(width, columns)
     out = x.new_empty((x.shape[0], width), dtype=dtype)
     element = gl.float8e4nv if fp8 else gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     units = len(routing.tile_to_expert) * n_tiles
     stages = half_k // 128
     operands = (
-        _descriptor(weights.data.view(torch.int32).view(experts * n, -1), [8 * warps, box], gl.int32),
-        _descriptor(weights.scales.view(torch.int16).view(experts * n, -1), [8 * warps, 8], gl.int16),
-        _descriptor(x, [block_m, 128 if fp8 else 64], element),
+        _descriptor(weights.data.view(torch.int32).view(experts * n, -1), (8 * warps, box), gl.int32),
+        _descriptor(weights.scales.view(torch.int16).view(experts * n, -1), (8 * warps, 8), gl.int16),
+        _descriptor(x, (block_m, 128 if fp8 else 64), element),
         out,
         weights.fp8_fold,
         weights.row_scale,
@@ -689,7 +696,7 @@ def grouped_gemm(
     if block_m <= _DECODE_ROWS:
         # Where a fourth block saves a round of tiles, it gets the room of a stage. An expert has about one tile.
         tiles = min(len(routing.tile_to_expert), experts) * n_tiles
-        if resident == 3 and 4 * triton.cdiv(tiles, 4 * processors) < 0.8 * 3 * triton.cdiv(tiles, 3 * processors):
+        if resident == 3 and 4 * cdiv(tiles, 4 * processors) < 0.8 * 3 * cdiv(tiles, 3 * processors):
             weight_stages, resident = 3, 4
         blocks = resident * processors
         split = split_of(stages, units, blocks)

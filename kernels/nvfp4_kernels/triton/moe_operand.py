@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..reference.linear import INVERSE_BASE
 from ..reference.moe_routing import Routing
 from . import moe_operand_hopper
+from .launch import next_power_of_2
 from .numerics import (
     arch_of,
     block_scale,
@@ -181,7 +182,7 @@ def operand(
     if hopper and routing is not None and scale is not None:
         moe_operand_hopper.operand_fp8(x, routing, out, scale, permute)
         return out.view(torch.float8_e4m3fn), scale
-    block = min(triton.next_power_of_2(k), _MAX_BLOCK)
+    block = min(next_power_of_2(k), _MAX_BLOCK)
     operand_kernel[(rows, top_k if slots_differ else 1)](
         x,
         index,

@@ -7,12 +7,12 @@ A short row is a warp's own, which finds its maximum without a barrier.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..reference.moe_routing import Routing
 from .gluon_compat import let_next_kernel_start, wait_for_previous_kernel
+from .launch import cdiv, next_power_of_2
 
 MAX_K = 1 << 15
 
@@ -91,7 +91,7 @@ def operand_fp8_kernel(
 
 def shape_of(k: int, permute: bool) -> dict[str, int]:
     """How programs and warps divide rows of `k` values: the kernel's constants."""
-    block = max(128, triton.next_power_of_2(k))
+    block = max(128, next_power_of_2(k))
     # A row that goes to many places is spread over more warps: most of its time it is stored.
     share = 2048 if block > 1024 and not permute else 1024
     warps_of_row = max(1, block // share)
@@ -105,7 +105,7 @@ def operand_fp8(x: torch.Tensor, routing: Routing, out: torch.Tensor, scale: tor
     index = routing.expanded_idx_to_permuted_idx
     count, top_k = index.shape if permute else (index.numel(), 1)
     shape = shape_of(x.shape[1], permute)
-    operand_fp8_kernel[(triton.cdiv(count, shape["ROWS"]),)](
+    operand_fp8_kernel[(cdiv(count, shape["ROWS"]),)](
         x,
         index,
         out.view(torch.float8_e4m3fn),

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..reference.moe_routing import Routing, max_tiles
+from .launch import cdiv, next_power_of_2
 from .numerics import arch_of
 
 _STEP = 128  # slots ranked at once, by comparing each with each; fewer where there are no more
@@ -123,20 +124,20 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         result.expert_offsets.zero_()
         return result
     topk_ids = topk_ids.contiguous()
-    bins = max(16, triton.next_power_of_2(experts + 1))
-    step = min(_STEP, max(32, triton.next_power_of_2(slots)))
+    bins = max(16, next_power_of_2(experts + 1))
+    step = min(_STEP, max(32, next_power_of_2(slots)))
     warps = 1 if step < _STEP else 4 if slots <= _ONE_LAUNCH else 8
     shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": step, "num_warps": warps}
     global_experts = 0 if expert_map is None else expert_map.numel()
     if slots <= _ONE_LAUNCH:
         chunk, counts = step, None
     else:
-        chunk = triton.cdiv(triton.cdiv(slots, _MAX_CHUNKS), _STEP) * _STEP
-    chunks = triton.cdiv(slots, chunk)
+        chunk = cdiv(cdiv(slots, _MAX_CHUNKS), _STEP) * _STEP
+    chunks = cdiv(slots, chunk)
     if slots > _ONE_LAUNCH:
         counts = topk_ids.new_empty((chunks, bins), dtype=torch.int32)
         count_kernel[(chunks,)](topk_ids, expert_map, counts, slots, chunk, experts, global_experts, **shared)
-    place_kernel[(max(chunks, min(_MAX_CHUNKS, triton.cdiv(tiles, _TILES))),)](
+    place_kernel[(max(chunks, min(_MAX_CHUNKS, cdiv(tiles, _TILES))),)](
         topk_ids,
         expert_map,
         counts,
@@ -149,7 +150,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         tiles,
         TOP_K=top_k,
         BLOCK_M=block_m,
-        ALL_SLOTS=0 if counts is not None else max(step, triton.next_power_of_2(slots)),
+        ALL_SLOTS=0 if counts is not None else max(step, next_power_of_2(slots)),
         TILES=_TILES,
         PDL=arch_of(topk_ids.device) >= 90,
         **shared,

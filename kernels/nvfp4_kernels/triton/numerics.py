@@ -20,6 +20,7 @@ _E4M3_NAN = tl.constexpr(E4M3_NAN_CODE)
 
 
 @functools.cache
+@functools.cache
 def arch_of(device: torch.device) -> int:
     """The `ARCH` of a device; 0 for the CPU (the interpreter)."""
     if device.type != "cuda":

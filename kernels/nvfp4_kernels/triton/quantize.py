@@ -17,6 +17,7 @@ from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..formats import GROUP_SIZE, SfLayout, ceil_to, sf_shape
+from .launch import cdiv, next_power_of_2
 from .numerics import (
     arch_of,
     block_scale,
@@ -349,7 +350,7 @@ def tile(rows: int, blocks: int, per_token: bool, silu: bool = False, shared: bo
 
     shared: programs may share a row.
     """
-    width = triton.next_power_of_2(blocks)
+    width = next_power_of_2(blocks)
     few = rows <= _FEW_ROWS
     if not per_token:
         # One block of 16 a thread for silu; two threads a block for few rows; else two blocks a thread.
@@ -361,10 +362,10 @@ def tile(rows: int, blocks: int, per_token: bool, silu: bool = False, shared: bo
         return Tile(max(1, 64 // width), width, 1, max(1, width * (2 if silu or few else 1) // 64))
     if few and shared:
         # Reading a row again costs little while there are more multiprocessors than rows.
-        parts = triton.cdiv(blocks, 128)
+        parts = cdiv(blocks, 128)
         if rows * parts <= _FEW_ROWS // 2:
             return Tile(1, 128, parts, 4 if parts == 2 else 8, shared=True)
-        parts = triton.cdiv(blocks, 256)
+        parts = cdiv(blocks, 256)
         if rows * parts <= _FEW_ROWS:
             return Tile(1, 256, parts, 8, shared=parts > 1)
     if few:
@@ -373,7 +374,7 @@ def tile(rows: int, blocks: int, per_token: bool, silu: bool = False, shared: bo
         return Tile(1, width // chunks, chunks, width // chunks // 32)
     # Several small programs on a multiprocessor: while one waits for its row, others compute and store.
     chunk = 128 if width <= 512 or not silu else 256
-    return Tile(1, chunk, triton.cdiv(blocks, chunk), chunk // 32)
+    return Tile(1, chunk, cdiv(blocks, chunk), chunk // 32)
 
 
 def _empty(x: torch.Tensor, rows: int, k: int, layout: int, per_token: bool) -> Quantized:
@@ -388,7 +389,7 @@ def _flags(index: torch.Tensor, rows: int) -> torch.Tensor:
     """uint8 [rows], 1 for the rows that `index` names."""
     named = torch.zeros(rows, dtype=torch.uint8, device=index.device)
     if index.numel():
-        mark_kernel[(triton.cdiv(index.numel(), 1024),)](index, named, index.numel(), rows, BLOCK=1024)
+        mark_kernel[(cdiv(index.numel(), 1024),)](index, named, index.numel(), rows, BLOCK=1024)
     return named
 
 
@@ -414,15 +415,15 @@ def _launch(
     padded_blocks = blocks if layout == SfLayout.layout_linear else ceil_to(blocks, 4)
     m = index.numel() if rows_mode == "listed" and index is not None else x.shape[0]
     config = tile(m, padded_blocks, per_token, silu, shared=not silu and rows_mode != "scattered")
-    programs = triton.cdiv(m, config.rows)
+    programs = cdiv(m, config.rows)
     if not per_token:
-        programs *= triton.cdiv(padded_blocks, config.blocks)
+        programs *= cdiv(padded_blocks, config.blocks)
     elif config.shared:
         programs *= config.chunks
     pad_start = programs
     if rows_mode in ("all", "named") and sf.shape[0] > x_q.shape[0]:
         tile_words = padded_blocks * (128 if layout == SfLayout.layout_128x4 else 8) // 4
-        programs += triton.cdiv(tile_words, _PAD_WORDS)
+        programs += cdiv(tile_words, _PAD_WORDS)
     if not programs:
         return
     arch = arch_of(x.device)
@@ -575,7 +576,7 @@ def permute_quantize(
         )
         if rows:
             pdl = arch_of(x.device) >= 90
-            place_kernel[(triton.cdiv(rows, 128) * triton.cdiv(padded_blocks, _PLACE_BLOCKS),)](
+            place_kernel[(cdiv(rows, 128) * cdiv(padded_blocks, _PLACE_BLOCKS),)](
                 token_of,
                 scales,
                 scale,
@@ -612,7 +613,7 @@ def dequantize(
     if out.numel():
         config = tile(m, blocks, False)
         with on_device(x_q):
-            dequantize_kernel[(triton.cdiv(m, config.rows) * triton.cdiv(blocks, config.blocks),)](
+            dequantize_kernel[(cdiv(m, config.rows) * cdiv(blocks, config.blocks),)](
                 x_q.contiguous(),
                 sf.view(torch.uint8).contiguous(),
                 global_scale,

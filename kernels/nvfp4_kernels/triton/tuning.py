@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import triton
 
 from . import linear
+from .launch import cdiv, next_power_of_2
 from .linear import Plan
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -41,12 +41,12 @@ def _splits(stages: int, tiles: int, blocks: int) -> list[int]:
 
 def _decode_plans(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
     plans = []
-    bm = min(64, max(16 if mode == "fp8_per_token" else 8, triton.next_power_of_2(m)))
+    bm = min(64, max(16 if mode == "fp8_per_token" else 8, next_power_of_2(m)))
     for rows, warps, stages, resident in _DECODE_TILES[mode]:
         if rows != bm:
             continue
         tile = {"bm": bm, "warps": warps, "stages": stages, "resident": resident}
-        tiles = triton.cdiv(n, 16 * warps) * triton.cdiv(m, bm)
+        tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
         for split in _splits(k // 256, tiles, processors * resident):
             plans.append(Plan("decode", {**tile, "split": split}))
     return plans
@@ -65,7 +65,7 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
         for bm in (128, 256):
             if (bm == 256 and m <= 128) or (bm == 128 and m > 1024):
                 continue
-            tiles = triton.cdiv(n, 128) * triton.cdiv(m, bm)
+            tiles = cdiv(n, 128) * cdiv(m, bm)
             for split in _splits(k // 256, tiles, processors):
                 tile = {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split}
                 plans.append(Plan("large", tile))

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..formats import E4M3_MAX_CODE, GROUP_SIZE
 from ..reference.weight import MSE_CANDIDATES
+from .launch import cdiv
 from .numerics import (
     arch_of,
     clamp_finite,
@@ -104,7 +105,7 @@ def search_scales(weight: torch.Tensor, encode_scale: torch.Tensor, *, scale_sea
         block_m, width = 4, 64
         with on_device(weight):
             matrix = aligned_rows(weight.reshape(rows, k))
-            search_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(blocks, width),)](
+            search_kernel[(cdiv(rows, block_m) * cdiv(blocks, width),)](
                 matrix,
                 encode_scale.reshape(-1),
                 data,
