@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 logger = logging.getLogger("nvfp4_plugin")
 
-_MAX_ROWS = 4096  # what runs with more, runs with these
-ROWS = [1 << i for i in range(_MAX_ROWS.bit_length())]
+# What runs with more rows, runs with these.
+_LINEAR_ROWS = [1 << i for i in range(13)]
+_MOE_ROWS = [1 << i for i in range(15)]
 _done: set[tuple[Hashable, ...]] = set()
 
 
-def warm_up(what: str, device: torch.device, call: Callable[[int], object], *variant: Hashable) -> bool:
-    """Make `call` for numbers of rows from 1 to 4096, once for each `what` and `variant`; whether this was the time.
+def _warm_up(
+    what: str, device: torch.device, numbers: Sequence[int], call: Callable[[int], object], *variant: Hashable
+) -> bool:
+    """Make `call` for these numbers of rows, once for each `what` and `variant`; whether this was the time.
 
     Kernels differ with the number of rows, and Triton compiles each at its first call, here several at once. On a CPU there
     is nothing to compile.
@@ -37,7 +40,7 @@ def warm_up(what: str, device: torch.device, call: Callable[[int], object], *var
                 logger.warning("nvfp4: %s: no memory to compile for %d rows, requests of that size may wait for it", what, rows)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(run, ROWS))
+        list(pool.map(run, numbers))
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     logger.info("nvfp4: %s: kernels compiled in %.1f s", what, time.perf_counter() - start)
@@ -52,13 +55,20 @@ def warm_up_linear(
     call: Callable[[torch.Tensor], object],
     *variant: Hashable,
 ) -> None:
-    """`warm_up` for a dense layer of `shape` [N, K] that `call` takes x [rows, K] through; logs which kernels serve it."""
+    """Compile what a dense layer of `shape` [N, K] runs, which `call` takes x [rows, K] through; log which kernels these are.
+
+    `variant`: what else tells layers of this shape apart for the kernels.
+    """
     n, k = shape
     what = f"layers of {n} x {k}"
-    if warm_up(what, device, lambda rows: call(torch.zeros(rows, k, dtype=dtype, device=device)), dtype, *variant):
+
+    def run(rows: int) -> object:
+        return call(torch.zeros(rows, k, dtype=dtype, device=device))
+
+    if _warm_up(what, device, _LINEAR_ROWS, run, dtype, *variant):
         from nvfp4_kernels.dispatch import explain_linear
 
-        logger.info("nvfp4: %s: rows %s", what, explain_linear(device, activation, n, k, dtype, ROWS))
+        logger.info("nvfp4: %s: rows %s", what, explain_linear(device, activation, n, k, dtype, _LINEAR_ROWS))
 
 
 def warm_up_moe(
@@ -70,7 +80,7 @@ def warm_up_moe(
     experts: int,
     top_k: int,
 ) -> None:
-    """`warm_up` for experts of `shape` [E, 2I, K], of which a token takes `top_k` of `experts`, those of all ranks.
+    """Compile what experts run, of `shape` [E, 2I, K], of which a token takes `top_k` of `experts`, those of all ranks.
 
     `call` takes x [rows, K], the router's weights fp32 [rows, top_k] and its choices int32 [rows, top_k] through them.
     """
@@ -81,4 +91,4 @@ def warm_up_moe(
         return call(x, torch.ones_like(ids, dtype=torch.float32), ids)
 
     what = f"experts of {' x '.join(map(str, shape))}, {top_k} a token"
-    warm_up(what, device, run, dtype, *variant)
+    _warm_up(what, device, _MOE_ROWS, run, dtype, *variant)
