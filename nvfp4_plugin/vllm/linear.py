@@ -95,15 +95,14 @@ class _LinearMethod(LinearMethodBase):
         layers.install(layer, weight.prepared(self._activation), self._names)
         layers.set_parameter(layer, "input_decode_scale", input_scale)
         layer._already_called_process_weights_after_loading = True
-        device = weight.data.device
-        bias = None if layer.bias is None else torch.zeros_like(layer.bias, device=device)
         warm_up_linear(
             weight.shape,
             layer.orig_dtype,
-            device,
+            weight.data.device,
             self._activation,
-            lambda x: self.apply(layer, x, bias),
-            bias is not None,
+            # The bias itself may not be there yet.
+            lambda x: self.apply(layer, x, None if layer.bias is None else torch.zeros_like(layer.bias, device=x.device)),
+            layer.bias is not None,
             weight.global_scale.dim(),
         )
 

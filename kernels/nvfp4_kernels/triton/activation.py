@@ -93,11 +93,6 @@ def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tenso
     return q, scale
 
 
-def _overlapped(pdl: bool) -> dict[str, bool]:
-    """Launch options: the kernel may start before the one before it has ended. It waits for that one by itself."""
-    return {"launch_pdl": True} if pdl else {}
-
-
 @triton.jit
 def _permute_kernel(x_ptr, out_ptr, stride, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
@@ -116,7 +111,7 @@ def permute(x: torch.Tensor, order: str) -> torch.Tensor:
     block = min(1024 if m <= 64 else 4096, next_power_of_2(k))
     pdl = arch_of(x.device) >= 90
     _permute_kernel[(m, cdiv(k, block))](
-        x, out, x.stride(0), k, order, block, pdl, num_warps=max(1, block // 512), **_overlapped(pdl)
+        x, out, x.stride(0), k, order, block, pdl, num_warps=max(1, block // 512), launch_pdl=pdl
     )
     return out
 
@@ -142,5 +137,5 @@ def decode(q: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype, order: str) ->
     out = torch.empty(m, k, dtype=dtype, device=q.device)
     block = min(4096, next_power_of_2(k))
     pdl = arch_of(q.device) >= 90
-    _decode_kernel[(m, cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8, **_overlapped(pdl))
+    _decode_kernel[(m, cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8, launch_pdl=pdl)
     return out
