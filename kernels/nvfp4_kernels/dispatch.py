@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .devices import arch_of
+
 logger = logging.getLogger("nvfp4")
 
 BACKENDS = ("cuda", "reference", "cute-dsl", "flashinfer")
@@ -105,10 +107,10 @@ def _settled(activation: str, device: torch.device, operation: str) -> str | Non
         return activation
     if device.type != "cuda":
         return "none"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 10:
+    arch = arch_of(device)
+    if arch >= 100:
         return "nvfp4_per_token"
-    if (major, minor) < (8, 9) or _gpu_function(operation) is None:
+    if arch < 89 or _gpu_function(operation) is None:
         return "none"
     return None
 

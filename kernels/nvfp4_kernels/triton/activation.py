@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..devices import arch_of
 from .launch import cdiv, next_power_of_2
-from .numerics import arch_of, e2m1_decode, e4m3_decode
+from .numerics import e2m1_decode, e4m3_decode
 
 _E4M3_MAX = tl.constexpr(448.0)
 

@@ -1,14 +1,55 @@
-"""Arithmetic of the host, before every launch. Triton's own functions of these names are made for kernels: called on the host,
-they take tens of microseconds, several times a launch."""
+"""What the host does before a launch, kept short: an eager step of a large model waits for its host long before its GPU.
+
+Triton is not imported here: what is called decides whether kernels run on a GPU or in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
+    """a / b rounded up. Triton's function of this name is made for kernels: on the host, it takes tens of microseconds."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n; n is positive."""
+    """The smallest power of two that is not below n; n is positive. Triton's is as slow as its `cdiv`."""
     return 1 << (n - 1).bit_length()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants), without Triton's own look-up of the compiled kernel from the second time on.
+
+    args: the parameters of `kernel` that are not `constexpr`, all of them, and they come first: tensors, descriptors of
+    tensors, integers, None. constants: the `constexpr` parameters, and options of the compiler. Triton compiles anew for
+    another type, for another alignment of a pointer, and for integers that are 1, multiples of 16 or long: whatever
+    combination of these is new here is left to Triton.
+    """
+    key: list[Any] = [id(kernel), *constants.items()]  # kernels are never deleted
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            key.append((arg.dtype, arg.data_ptr() % 16 == 0, arg.device))
+        elif type(arg) is int:
+            key.append((arg == 1, arg % 16 == 0, arg.bit_length() >> 5))
+        elif arg is None:
+            key.append(None)
+        else:
+            key.append((arg.base.dtype, *arg.block_shape, arg.layout))
+    look_up = tuple(key)
+    known = _compiled.get(look_up)
+    if known is None:
+        compiled = kernel[grid](*args, **constants)
+        if compiled is None:  # the interpreter keeps nothing
+            return
+        constexpr = [p.is_constexpr for p in kernel.params]
+        if any(constexpr[: len(args)]) or not all(constexpr[len(args) :]):
+            raise TypeError(f"args: got {len(args)}, which are not the parameters of {kernel.__name__} that are no constexpr")
+        _compiled[look_up] = compiled, tuple(constants.get(p.name, p.default) for p in kernel.params[len(args) :])
+        return
+    compiled, rest = known
+    compiled[(*grid, 1, 1)[:3]](*args, *rest)

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
+from ..devices import cuda_device
 from ..formats import SfLayout
 from ..reference.linear import INVERSE_BASE
 from . import gemm_portable
 from .activation import decode, permute, quantize_fp8
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 from .quantize import quantize
 from .widen import widen_fp8
 from .workspace import split_k
@@ -51,13 +52,6 @@ class Plan:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing
-
-
-@functools.cache
-def _device(index: int) -> tuple[str, int, int]:
-    """Name, compute capability as major * 10 + minor, and multiprocessors of a CUDA device."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
 def user_table_path(name: str) -> Path:
@@ -87,7 +81,7 @@ def _table(name: str) -> tuple[dict[str, Any], str]:
 
 def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan | None:
     """What a table says: the entry of the first M there that is no smaller than m nor over twice as large, or of the last."""
-    table, origin = _table(_device(device.index or 0)[0])
+    table, origin = _table(cuda_device(device.index or 0)[0])
     entries = table.get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
     if not entries:
         return None
@@ -152,7 +146,7 @@ def _rule_large(m: int, n: int, k: int, processors: int) -> Plan:
 @functools.lru_cache(4096)
 def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """The GEMM for x [m, k] in `dtype` under an activation mode (not "auto") and a weight [n, k] on `device`."""
-    _, arch, processors = _device(device.index or 0)
+    _, arch, processors = cuda_device(device.index or 0)
     if arch >= 100:
         from .gemm_dot_scaled import problem
 
@@ -182,7 +176,7 @@ def _widen_serves(n: int, dtype: torch.dtype) -> bool:
 
 def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     """What "auto" stands for on Ada and Hopper at this shape: "fp8_per_token" or "none"."""
-    name, arch, _ = _device(device.index or 0)
+    name, arch, _ = cuda_device(device.index or 0)
     if arch != 90 or hopper_problem(n, k):
         return "none"
     first = _table(name)[0].get("auto", {}).get(f"{n}x{k}")
@@ -207,22 +201,6 @@ def describe(mode: str, device: torch.device) -> tuple[str, str]:
 # Running
 
 
-@functools.cache
-def _layout(swizzle: int, bits: int) -> Any:
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
-
-
-def _descriptor(tensor: torch.Tensor, block: list[int], swizzle: int | None) -> Any:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    bits = tensor.element_size() * 8
-    if swizzle is None:
-        swizzle = min(128, block[-1] * tensor.element_size())
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, _layout(swizzle, bits))
-
-
 def _launch_few(
     options: dict[str, int],
     x: torch.Tensor,
@@ -238,7 +216,8 @@ def _launch_few(
     m, k = x.shape
     n = data.shape[0]
     warps_k, warps_n = options["warps_k"], options["warps_n"]
-    gemm_few[(cdiv(n, 16 * warps_n),)](
+    launch(
+        gemm_few, (cdiv(n, 16 * warps_n),),
         data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias,
         n, m, k // _K_STEP, k // 8, k // 64, x.stride(0), 1 if row_scale.numel() > 1 else 0,
         KW=warps_k, NW=warps_n, TOKEN=token_scale is not None, BIAS=bias is not None,
@@ -258,16 +237,18 @@ def _launch_wgmma(
     bias: torch.Tensor | None,
 ) -> None:
     """Launch "decode" or "large" on the operand x, K in the permuted order."""
+    from .descriptors import descriptor
+
     m, k = x.shape
     n = data.shape[0]
-    _, _, processors = _device(x.device.index or 0)
+    _, _, processors = cuda_device(x.device.index or 0)
     options = chosen.parameters
     bm = options["bm"]
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
     tiles = cdiv(n, bn) * cdiv(m, bm)
-    words = _descriptor(data.view(torch.int32), [bn, 32], 128) if few else _descriptor(data.view(torch.int32), [bn, 16], 64)
-    pairs = _descriptor(scales.view(torch.int16), [bn, 8], 0)
+    words = descriptor(data, (bn, 32 if few else 16), torch.int32)
+    pairs = descriptor(scales, (bn, 8), torch.int16)
     row_stride = 1 if row_scale.numel() > 1 else 0
     stages, split = k // _K_STEP, options["split"]
     partial, counters = split_k(x.device, tiles * split * bn * bm, tiles) if split > 1 else (None, None)
@@ -275,8 +256,9 @@ def _launch_wgmma(
         from .gemm_decode import gemm_decode
 
         registers = min(255, 65536 // (32 * options["warps"] * options["resident"]) // 8 * 8)
-        gemm_decode[(min(tiles * split, processors * options["resident"]),)](
-            words, pairs, _descriptor(x, [bm, _K_STEP], 128), out,
+        launch(
+            gemm_decode, (min(tiles * split, processors * options["resident"]),),
+            words, pairs, descriptor(x, (bm, _K_STEP)), out,
             fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split, row_stride,
             BM=bm, WARPS=options["warps"], STAGES=options["stages"],
             TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
@@ -286,9 +268,10 @@ def _launch_wgmma(
     from .gemm_large import gemm_large
 
     bulk = n % 8 == 0
-    gemm_large[(min(processors, tiles * split),)](
-        words, pairs, _descriptor(x, [bm, 128 // x.element_size()], 128),
-        _descriptor(out, [bm // 2, bn], 128) if bulk else None, out,
+    launch(
+        gemm_large, (min(processors, tiles * split),),
+        words, pairs, descriptor(x, (bm, 128 // x.element_size())),
+        descriptor(out, (bm // 2, bn)) if bulk else None, out,
         fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split, row_stride,
         BM=bm, WEIGHT_STAGES=options["weight_stages"], X_STAGES=options["x_stages"], GROUP=options["group"],
         TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1, BULK_STORE=bulk, num_warps=8,
@@ -324,7 +307,7 @@ def linear(
     chosen = plan(x.device, activation, m, n, k, x.dtype)
     if chosen.kernel == "widen" and bias is not None and bias.dtype != x.dtype:
         # cuBLAS adds a bias of the output's dtype alone.
-        chosen = _rule_large(m, n, k, _device(x.device.index or 0)[2])
+        chosen = _rule_large(m, n, k, cuda_device(x.device.index or 0)[2])
     return run(chosen, x, data, scales, row_scale, out, activation, fp8_fold, input_scale, bias)
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from ..devices import arch_of
 from . import moe_gemm, moe_gemm_hopper
 from .moe_combine import combine
 from .moe_gemm import ExpertWeights
 from .moe_operand import has_fp8_tensor_cores, operand
 from .moe_routing import route
-from .numerics import arch_of
 
 _CHUNK_SLOTS = 1 << 17  # (token, slot) pairs served at once: bounds the permuted buffers
 
@@ -97,6 +97,9 @@ def fused_moe(
     w2 = _expert_weights(activation, w2_data, w2_scales, w2_row_scale, w2_fp8_fold, w2_input_scale, w2_bias)
     topk_weights = topk_weights.contiguous()
     step = max(1, _CHUNK_SLOTS // max(top_k, 1))
+    if tokens <= step:
+        _forward(x, w13, w2, topk_weights, topk_ids, out, activation, act_fn, expert_map, apply_router_weight_on_input)
+        return out
     for start in range(0, tokens, step):
         chunk = slice(start, start + step)
         _forward(

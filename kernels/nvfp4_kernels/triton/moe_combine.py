@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from ..devices import arch_of
 from ..reference.moe import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from ..reference.moe_routing import Routing
-from .launch import cdiv, next_power_of_2
-from .numerics import arch_of
+from .launch import cdiv, launch, next_power_of_2
 
 _ALPHA = tl.constexpr(SWIGLU_OAI_ALPHA)
 _LIMIT = tl.constexpr(SWIGLU_OAI_LIMIT)
@@ -96,7 +96,9 @@ def combine(y: torch.Tensor, routing: Routing, topk_weights: torch.Tensor | None
     hidden = y.shape[1]
     block = min(next_power_of_2(hidden), 1024)
     pdl = arch_of(y.device) >= 90  # the launch overlaps the end of the one before
-    combine_kernel[(tokens, cdiv(hidden, block))](
+    launch(
+        combine_kernel,
+        (tokens, cdiv(hidden, block)),
         y,
         routing.expanded_idx_to_permuted_idx,
         topk_weights,

@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..devices import arch_of
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
-from .launch import cdiv
+from .launch import cdiv, launch
 from .moe_combine import gated, ungated
-from .numerics import arch_of, e4m3_decode
+from .numerics import e4m3_decode
 
 _GATED = 2
 _UNGATED = 1
@@ -161,7 +162,9 @@ def grouped_gemm(
     block_n = 64 if n <= 64 or block_m >= 128 else 128
     block_k = 64 if block_m >= 64 or k % 128 else 128
     n_blocks = cdiv(n, block_n)
-    grouped_gemm_kernel[(tiles * n_blocks,)](
+    launch(
+        grouped_gemm_kernel,
+        (tiles * n_blocks,),
         x,
         routing.permuted_idx_to_token,
         x_scale,

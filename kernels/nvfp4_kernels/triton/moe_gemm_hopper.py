@@ -8,8 +8,6 @@ thread's registers, and the epilogue forms act(gate) * up without an exchange.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,17 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..devices import arch_of, processors_of
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
+from .descriptors import descriptor
 from .gluon_compat import thread_barrier, tma_load
 from .hopper import decode_16, decode_fp8, halves, scale_pairs, sum_parts, tile_of
-from .launch import cdiv
+from .launch import cdiv, launch
 from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
-from .numerics import arch_of
 from .workspace import split_k
 
 
@@ -632,15 +630,6 @@ def split_of(stages: int, units: int, blocks: int) -> int:
     return max((d for d in range(1, stages // _MIN_STAGES + 1) if stages % d == 0 and d * units <= blocks), default=1)
 
 
-@functools.cache
-def _layout(box: tuple[int, int], dtype: gl.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(box), dtype)
-
-
-def _descriptor(t: torch.Tensor, box: tuple[int, int], dtype: gl.dtype) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, list(box), _layout(box, dtype))
-
-
 def grouped_gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -662,13 +651,12 @@ def grouped_gemm(
     width = n // 2 if gated_act else n
     n_tiles = cdiv(width, columns)
     out = x.new_empty((x.shape[0], width), dtype=dtype)
-    element = gl.float8e4nv if fp8 else gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     units = len(routing.tile_to_expert) * n_tiles
     stages = half_k // 128
     operands = (
-        _descriptor(weights.data.view(torch.int32).view(experts * n, -1), (8 * warps, box), gl.int32),
-        _descriptor(weights.scales.view(torch.int16).view(experts * n, -1), (8 * warps, 8), gl.int16),
-        _descriptor(x, (block_m, 128 if fp8 else 64), element),
+        descriptor(weights.data, (8 * warps, box), torch.int32),
+        descriptor(weights.scales, (8 * warps, 8), torch.int16),
+        descriptor(x, (block_m, 128 if fp8 else 64)),
         out,
         weights.fp8_fold,
         weights.row_scale,
@@ -692,7 +680,7 @@ def grouped_gemm(
         "num_warps": warps,
         "launch_pdl": True,
     }
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    processors = processors_of(x.device)
     if block_m <= _DECODE_ROWS:
         # Where a fourth block saves a round of tiles, it gets the room of a stage. An expert has about one tile.
         tiles = min(len(routing.tile_to_expert), experts) * n_tiles
@@ -701,14 +689,16 @@ def grouped_gemm(
         blocks = resident * processors
         split = split_of(stages, units, blocks)
         partial, count = split_k(x.device, units * split * 16 * warps * block_m, units) if split > 1 else (None, None)
-        grouped_gemm_decode_kernel[(min(units * split, blocks),)](
+        launch(
+            grouped_gemm_decode_kernel, (min(units * split, blocks),),
             *operands, partial, count, *maps, stages // split, n_tiles, split, *strides,
             STAGES=weight_stages, REDUCE=split > 1, **options,
         )  # fmt: skip
     else:
         long = block_m == _LONG_ROWS
         kernel = grouped_gemm_long_kernel if long else grouped_gemm_kernel
-        kernel[(min(units, processors) if long else units,)](
+        launch(
+            kernel, (min(units, processors) if long else units,),
             *operands, routing.permuted_idx_to_token, *maps, stages, n_tiles, *strides,
             WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **options,
         )  # fmt: skip

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..devices import arch_of
 from ..reference.linear import INVERSE_BASE
 from ..reference.moe_routing import Routing
 from . import moe_operand_hopper
-from .launch import next_power_of_2
+from .launch import launch, next_power_of_2
 from .numerics import (
-    arch_of,
     block_scale,
     clamp_finite,
     divide,
@@ -183,7 +183,9 @@ def operand(
         moe_operand_hopper.operand_fp8(x, routing, out, scale, permute)
         return out.view(torch.float8_e4m3fn), scale
     block = min(next_power_of_2(k), _MAX_BLOCK)
-    operand_kernel[(rows, top_k if slots_differ else 1)](
+    launch(
+        operand_kernel,
+        (rows, top_k if slots_differ else 1),
         x,
         index,
         topk_weights,

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from ..reference.moe_routing import Routing
 from .gluon_compat import let_next_kernel_start, wait_for_previous_kernel
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 
 MAX_K = 1 << 15
 
@@ -105,7 +105,9 @@ def operand_fp8(x: torch.Tensor, routing: Routing, out: torch.Tensor, scale: tor
     index = routing.expanded_idx_to_permuted_idx
     count, top_k = index.shape if permute else (index.numel(), 1)
     shape = shape_of(x.shape[1], permute)
-    operand_fp8_kernel[(cdiv(count, shape["ROWS"]),)](
+    launch(
+        operand_fp8_kernel,
+        (cdiv(count, shape["ROWS"]),),
         x,
         index,
         out.view(torch.float8_e4m3fn),

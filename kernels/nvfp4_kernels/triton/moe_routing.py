@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from ..devices import arch_of
 from ..reference.moe_routing import Routing, max_tiles
-from .launch import cdiv, next_power_of_2
-from .numerics import arch_of
+from .launch import cdiv, launch, next_power_of_2
 
 _STEP = 128  # slots ranked at once, by comparing each with each; fewer where there are no more
 _ONE_LAUNCH = 1024  # slots up to which every program counts them all
@@ -136,8 +136,10 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
     chunks = cdiv(slots, chunk)
     if slots > _ONE_LAUNCH:
         counts = topk_ids.new_empty((chunks, bins), dtype=torch.int32)
-        count_kernel[(chunks,)](topk_ids, expert_map, counts, slots, chunk, experts, global_experts, **shared)
-    place_kernel[(max(chunks, min(_MAX_CHUNKS, cdiv(tiles, _TILES))),)](
+        launch(count_kernel, (chunks,), topk_ids, expert_map, counts, slots, chunk, experts, global_experts, **shared)
+    launch(
+        place_kernel,
+        (max(chunks, min(_MAX_CHUNKS, cdiv(tiles, _TILES))),),
         topk_ids,
         expert_map,
         counts,

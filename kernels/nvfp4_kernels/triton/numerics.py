@@ -6,8 +6,6 @@ the same bits come from plain Triton. Kernels that call these functions are comp
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -17,16 +15,6 @@ from ..formats import E4M3_NAN_CODE, FLOAT32_MAX
 _FLOAT32_MAX = tl.constexpr(FLOAT32_MAX)
 _SIXTH = tl.constexpr(float(torch.tensor(1.0 / 6.0, dtype=torch.float32)))
 _E4M3_NAN = tl.constexpr(E4M3_NAN_CODE)
-
-
-@functools.cache
-@functools.cache
-def arch_of(device: torch.device) -> int:
-    """The `ARCH` of a device; 0 for the CPU (the interpreter)."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

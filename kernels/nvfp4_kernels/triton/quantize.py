@@ -16,10 +16,10 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..devices import arch_of
 from ..formats import GROUP_SIZE, SfLayout, ceil_to, sf_shape
 from .launch import cdiv, next_power_of_2
 from .numerics import (
-    arch_of,
     block_scale,
     e2m1_decode,
     e4m3_decode,

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..devices import arch_of
 from ..formats import E4M3_MAX_CODE, GROUP_SIZE
 from ..reference.weight import MSE_CANDIDATES
 from .launch import cdiv
 from .numerics import (
-    arch_of,
     clamp_finite,
     e2m1_magnitude,
     e4m3_decode,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv
+from .launch import cdiv, launch
 
 # A word of 8 codes ($2), its e4m3 scale ($3) and 2^-fold as f16 ($4) to 8 e4m3 bytes: the scale makes an 8-byte table,
 # a byte permute picks four weights from it, and the signs go on top.
@@ -67,7 +67,8 @@ def widen_fp8(
     out = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=data.device)
     column = torch.empty(1, n, dtype=torch.float32, device=data.device)
     rows, words = 4, 512
-    _widen_kernel[(cdiv(n, rows), cdiv(k // 8, words))](
+    launch(
+        _widen_kernel, (cdiv(n, rows), cdiv(k // 8, words)),
         data.view(torch.int32), scales.view(torch.uint8), fp8_fold, row_scale, out.view(torch.int32), column,
         n, k // 8, 1 if row_scale.numel() > 1 else 0, ROWS=rows, WORDS=words, num_warps=4,
     )  # fmt: skip

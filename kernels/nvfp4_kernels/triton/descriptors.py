@@ -1,0 +1,48 @@
+"""Tensor descriptors for Hopper's bulk copies."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a descriptor has to know of a tensor. Descriptors are kept for the next launch, and may not keep a tensor alive."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@functools.lru_cache(maxsize=4096)
+def _made(address: int, dtype: torch.dtype, rows: int, columns: int, row_stride: int, box: tuple[int, int]) -> TensorDescriptor:
+    row_bytes = box[1] * dtype.itemsize
+    swizzle = next((width for width in (128, 64, 32) if row_bytes % width == 0), 0)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=dtype.itemsize * 8, rank=2)
+    return TensorDescriptor(_Memory(address, dtype), [rows, columns], [row_stride, 1], list(box), layout)
+
+
+def descriptor(tensor: torch.Tensor, box: tuple[int, int], dtype: torch.dtype | None = None) -> TensorDescriptor:
+    """Boxes of all rows of a tensor [..., columns], in the widest swizzle that a box's rows allow.
+
+    The rows are one stride apart and 16-byte aligned. dtype: what the values are taken for, if not for what they are.
+    """
+    *leading, columns = tensor.shape
+    size = tensor.element_size()
+    dtype = dtype or tensor.dtype
+    return _made(
+        tensor.data_ptr(),
+        dtype,
+        math.prod(leading),
+        columns * size // dtype.itemsize,
+        tensor.stride(-2) * size // dtype.itemsize,
+        box,
+    )
