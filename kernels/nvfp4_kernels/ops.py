@@ -12,6 +12,7 @@ import torch
 
 from . import dispatch
 from .formats import GROUP_SIZE, sf_shape
+from .reference.source import PLAIN, Source
 
 _LIBRARY = torch.library.Library("nvfp4", "DEF")
 _Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -114,17 +115,16 @@ def search_scales(weight, encode_scale, scale_search) -> tuple[torch.Tensor, tor
     return dispatch.implementation("search_scales", weight.device)(weight, encode_scale, scale_search=scale_search)
 
 
-def _linear_fake(x, data, scales, row_scale, activation, fp8_fold, input_scale, bias, backend) -> torch.Tensor:
-    return x.new_empty((x.shape[0], data.shape[0]))
-
-
-@_define(
-    "linear(Tensor x, Tensor data, Tensor scales, Tensor row_scale, str activation, Tensor? fp8_fold,"
-    " Tensor? input_scale, Tensor? bias, str backend) -> Tensor",
-    _linear_fake,
+_LAYER = (
+    "Tensor data, Tensor scales, Tensor row_scale, str activation, Tensor? fp8_fold, Tensor? input_scale, Tensor? bias,"
+    " str backend"
 )
-def linear(x, data, scales, row_scale, activation, fp8_fold, input_scale, bias, backend) -> torch.Tensor:
-    mode = dispatch.resolve_activation(activation, x.device, x.shape[0], data.shape[0], x.shape[1])
+
+
+def _linear(
+    x, data, scales, row_scale, activation, fp8_fold, input_scale, bias, backend, source: Source = PLAIN
+) -> torch.Tensor:
+    mode = dispatch.resolve_activation(activation, x.device, x.shape[0], data.shape[0], data.shape[1] * 2)
     return dispatch.implementation("linear", x.device, backend)(
         x,
         data,
@@ -134,7 +134,47 @@ def linear(x, data, scales, row_scale, activation, fp8_fold, input_scale, bias, 
         fp8_fold=_fold(fp8_fold, scales, mode),
         input_scale=input_scale,
         bias=bias,
+        source=source,
     )
+
+
+def _linear_fake(x, data, *layer) -> torch.Tensor:
+    return x.new_empty((x.shape[0], data.shape[0]))
+
+
+@_define(f"linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake)
+def linear(x, *layer) -> torch.Tensor:
+    return _linear(x, *layer)
+
+
+# Layers together with what models compute right before them (reference/source.py). vLLM's graphs are rewritten to these.
+
+
+@_define(f"silu_and_mul_linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake)
+def silu_and_mul_linear(x, *layer) -> torch.Tensor:
+    return _linear(x, *layer, source=Source("silu_and_mul"))
+
+
+def _rms_norm_linear_fake(x, norm_weight, eps, data, *layer) -> torch.Tensor:
+    return _linear_fake(x, data)
+
+
+@_define(f"rms_norm_linear(Tensor x, Tensor norm_weight, float eps, {_LAYER}) -> Tensor", _rms_norm_linear_fake)
+def rms_norm_linear(x, norm_weight, eps, *layer) -> torch.Tensor:
+    return _linear(x, *layer, source=Source("rms_norm", norm_weight, eps))
+
+
+def _add_rms_norm_linear_fake(x, residual, norm_weight, eps, data, *layer) -> tuple[torch.Tensor, torch.Tensor]:
+    return _linear_fake(x, data), x.new_empty(x.shape)
+
+
+@_define(
+    f"add_rms_norm_linear(Tensor x, Tensor residual, Tensor norm_weight, float eps, {_LAYER}) -> (Tensor, Tensor)",
+    _add_rms_norm_linear_fake,
+)
+def add_rms_norm_linear(x, residual, norm_weight, eps, *layer) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x.new_empty(x.shape)
+    return _linear(x, *layer, source=Source("add_rms_norm", norm_weight, eps, residual, total)), total
 
 
 def _fold(fp8_fold: torch.Tensor | None, scales: torch.Tensor, mode: str) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from nvfp4_kernels.triton.activation_hopper import quantize_fp8_rows
+from nvfp4_kernels.triton.activation_hopper import prepare_rows
 from nvfp4_kernels.triton.gemm_decode import gemm_decode
 from nvfp4_kernels.triton.gemm_dot_scaled import gemm_dot_scaled
 from nvfp4_kernels.triton.gemm_few import gemm_few
@@ -21,6 +21,8 @@ from nvfp4_kernels.triton.gemm_portable import gemm_portable
 from nvfp4_kernels.triton.widen import _widen_kernel
 
 TYPES = {"fp8": (gl.float8e4nv, "fp8e4nv"), "bf16": (gl.bfloat16, "bf16"), "fp16": (gl.float16, "fp16")}
+SOURCES = ("rms_norm", "add_rms_norm", "silu_and_mul")
+ROW_SHAPES = ((32, 8192, False), (32, 8192, True), (8, 4096, True))  # values a thread, of a block, and whether that is a row
 POINTERS = {
     "fold_ptr": "*fp32",
     "row_ptr": "*fp32",
@@ -47,7 +49,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: i
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ("K", "x_stride", "w_stride", "stride", "row_words")
+        if signature[name].startswith("*") or name in ("K", "x_stride", "w_stride", "stride", "residual_stride", "row_words")
     }
     source = (GluonASTSource if gluon else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
@@ -90,12 +92,23 @@ def rows() -> list[tuple[Any, ...]]:
             types = {"w_ptr": "*i32", "s_ptr": "*i32", "x_ptr": f"*{x}", "out_ptr": f"*{x}", "bias_ptr": f"*{x}"}
             constants = {"KW": warps_k, "NW": warps_n, "TOKEN": False, "BIAS": False}
             made.append((f"few {x} {warps_k}", gemm_few, types, constants, 90, warps_k * warps_n, True))
-    for permute in (False, True):
-        for values, block, whole in ((32, 8192, False), (32, 8192, True), (8, 4096, True)):
-            warps = block // (32 * values)
-            constants = {"PERMUTE": permute, "BLOCK": block, "WHOLE": whole, "VALUES": values, "WARPS": warps}
-            types = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
-            made.append((f"quantize {permute} {values} {whole}", quantize_fp8_rows, types, constants, 90, warps, True))
+    for source, out, permute, values, block, whole in (
+        *(("plain", "fp8", permute, *shape) for permute in (False, True) for shape in ROW_SHAPES),
+        *((source, "fp8", True, *shape) for source in SOURCES for shape in ROW_SHAPES),
+        *((source, "fp8", False, 32, 8192, True) for source in SOURCES),
+        *((source, x, False, 8, 4096, True) for source in SOURCES for x in ("bf16", "fp16")),
+    ):
+        warps = block // (32 * values)
+        constants = {"SOURCE": source, "PERMUTE": permute, "BLOCK": block, "WHOLE": whole, "VALUES": values, "WARPS": warps}
+        x = "bf16" if out == "fp8" else out
+        types = {"x_ptr": f"*{x}", "out_ptr": f"*{TYPES[out][1]}", "eps": "fp32"}
+        used = {"rms_norm": ("weight_ptr",), "add_rms_norm": ("residual_ptr", "weight_ptr", "total_ptr")}.get(source, ())
+        for name in ("residual_ptr", "weight_ptr", "total_ptr", *(["scale_ptr"] if out != "fp8" else [])):
+            if name in used:
+                types[name] = f"*{x}"
+            else:
+                constants[name] = None
+        made.append((f"rows {source} {out} {permute} {values} {whole}", prepare_rows, types, constants, 90, warps, True))
     for arch in (89, 90, 100, 120):
         constants = {"ROWS": 4, "WORDS": 512}
         made.append(("widen", _widen_kernel, {"out_ptr": "*i32"}, constants, arch, 4, False))

@@ -63,20 +63,40 @@ def test_few(compiled: Variants, x: str, warps_k: int) -> None:
     assert "shared" not in ptx[ptx.index("griddepcontrol.wait") : ptx.rindex("mma.sync")]
 
 
-@pytest.mark.parametrize("permute", [False, True])
+READS = {"plain": 1, "rms_norm": 2, "silu_and_mul": 2, "add_rms_norm": 3}  # rows as long as x's: itself, weight, up, residual
+PASSES = {"plain": 2, "silu_and_mul": 2, "rms_norm": 3, "add_rms_norm": 3}  # over a row that is longer than a block
+
+
+@pytest.mark.parametrize(("source", "permute"), [("plain", False), *((source, True) for source in READS)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_quantize_fp8(compiled: Variants, permute: bool, whole: bool) -> None:
-    variant = compiled[f"quantize {permute} 32 {whole}", 90]
-    assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 2
+def test_rows_to_fp8(compiled: Variants, source: str, permute: bool, whole: bool) -> None:
+    variant = compiled[f"rows {source} fp8 {permute} 32 {whole}", 90]
+    # 16 bytes at a time: 32 values are 4 loads and 2 stores. The sum is stored once, by the first block and by those after it.
+    totals = (4 if whole else 8) if source == "add_rms_norm" else 0
+    assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 2 + totals
+    loads = count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32")
+    assert loads == 4 * READS[source] if whole else loads >= 4 * (PASSES[source] + 1)
     assert count(variant, r"cvt\.rn\.satfinite\.e4m3x2\.f32") == 16
     assert "griddepcontrol.launch_dependents" in variant["ptx"]
 
 
-@pytest.mark.parametrize("permute", [False, True])
-def test_quantize_fp8_of_few_rows(compiled: Variants, permute: bool) -> None:
-    variant = compiled[f"quantize {permute} 8 True", 90]
+@pytest.mark.parametrize("source", list(READS))
+def test_few_rows_to_fp8(compiled: Variants, source: str) -> None:
+    variant = compiled[f"rows {source} fp8 True 8 True", 90]
     assert count(variant, r"st\.global(?:\.\w+)*\.b32") >= 2
-    assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32" if permute else r"ld\.global(?:\.\w+)*\.v2\.b32") >= 1
+    assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32") == READS[source]
+
+
+@pytest.mark.parametrize("x", ["bf16", "fp16"])
+@pytest.mark.parametrize("source", ["rms_norm", "add_rms_norm", "silu_and_mul"])
+def test_rows_in_16_bits(compiled: Variants, source: str, x: str) -> None:
+    variant = compiled[f"rows {source} {x} False 8 True", 90]
+    assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32") == READS[source]
+    assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 1 + (source == "add_rms_norm")
+    ptx = variant["ptx"]
+    # Nothing is read before the wait; the norm's weight is brought nearer.
+    assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+    assert ("prefetch.global.L2" in ptx[: ptx.index("griddepcontrol.wait")]) == (source != "silu_and_mul")
 
 
 @pytest.mark.parametrize("arch", [89, 90, 100, 120])

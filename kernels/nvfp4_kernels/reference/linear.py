@@ -6,6 +6,7 @@ import torch
 
 from ..formats import GROUP_SIZE, SfLayout, decode_packed, e4m3_decode
 from .quantize import dequantize, quantize, row_chunks
+from .source import PLAIN, Source, apply
 
 ACTIVATIONS = ("nvfp4_per_token", "nvfp4_per_tensor", "fp8_per_token", "none")
 INVERSE_BASE = 1.0 / (448.0 * 6.0)
@@ -62,12 +63,14 @@ def linear(
     fp8_fold: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    source: Source = PLAIN,
 ) -> torch.Tensor:
     """x [M, K] @ weight^T [K, N] -> [M, N] in x's dtype.
 
     data uint8 [N, K/2], scales float8_e4m3fn [N, K/16], row_scale fp32 [1] or [N]; fp8_fold fp32 [N] for
-    "fp8_per_token"; input_scale fp32 [1] for "nvfp4_per_tensor"; bias [N].
+    "fp8_per_token"; input_scale fp32 [1] for "nvfp4_per_tensor"; bias [N]. `source`: what x becomes before all this.
     """
+    x = apply(x, source)
     operand, token_scale = activation_operand(x, activation, input_scale)
     fold = fp8_fold if activation == "fp8_per_token" else None
     out = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)

@@ -12,7 +12,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..devices import arch_of
-from .launch import cdiv, next_power_of_2
+from ..reference.source import PLAIN, Source, apply
+from .launch import cdiv, launch, next_power_of_2
 from .numerics import e2m1_decode, e4m3_decode
 
 _E4M3_MAX = tl.constexpr(448.0)
@@ -66,28 +67,59 @@ def _quantize_fp8_kernel(x_ptr, q_ptr, scale_ptr, stride, K, ORDER: tl.constexpr
     tl.store(scale_ptr + row, scale)
 
 
-def quantize_fp8(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] to e4m3 [M, K] in `order` and decode scales fp32 [M]; GPUs without fp8 get the same values in bf16."""
-    m, k = x.shape
+def _row_tile(m: int, k: int, kind: str) -> tuple[int, int, int]:
+    """Values that a thread has side by side, values of a row at a time, and warps, as measured on an H100."""
+    block = max(next_power_of_2(k), 1024)
+    if m <= 128:  # few rows: a thread takes 8 values, for the sake of latency
+        block = min(block, 16384)
+        return 8, block, min(block // 256, 16)
+    # Up to 8192 values a row stay in registers; longer rows go by pieces, so that several blocks share a processor.
+    block = min(block, 8192)
+    return 32, block, block // 1024
+
+
+def _prepare_rows(x: torch.Tensor, source: Source, out: torch.Tensor, scale: torch.Tensor | None, order: str) -> None:
+    """Hopper's pass over a layer's input, into out [M, K]."""
+    from .activation_hopper import prepare_rows
+
+    m, k = out.shape
+    values, block, warps = _row_tile(m, k, source.kind)
+    residual = source.residual
+    launch(
+        prepare_rows, (m,),
+        x, residual, source.norm_weight, out, scale, source.total, x.stride(0),
+        0 if residual is None else residual.stride(0), k, source.eps,
+        SOURCE=source.kind, PERMUTE=order == "fp8", BLOCK=block, WHOLE=k <= block, VALUES=values, WARPS=warps,
+        num_warps=warps, launch_pdl=True,
+    )  # fmt: skip
+
+
+def _on_hopper(device: torch.device, k: int) -> bool:
+    return arch_of(device) == 90 and k % 256 == 0
+
+
+def sourced(x: torch.Tensor, source: Source, k: int) -> torch.Tensor:
+    """The layer's input [M, K] in x's dtype: `reference.source.apply`, in one pass on Hopper."""
+    if source.kind == "plain" or not _on_hopper(x.device, k):
+        return apply(x, source)
+    out = torch.empty(x.shape[0], k, dtype=x.dtype, device=x.device)
+    _prepare_rows(x, source, out, None, "natural")
+    return out
+
+
+def quantize_fp8(x: torch.Tensor, order: str, source: Source = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's input [M, K] (x itself unless `source` says otherwise) to e4m3 [M, K] in `order` and decode scales fp32
+    [M]; GPUs without fp8 get the same values in bf16."""
+    m, k = x.shape[0], x.shape[1] // 2 if source.kind == "silu_and_mul" else x.shape[1]
     arch = arch_of(x.device)
     fp8 = arch >= 89
     q = torch.empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    block = next_power_of_2(k)
-    if arch == 90 and k % 256 == 0 and order in ("natural", "fp8"):
-        from .activation_hopper import quantize_fp8_rows
-
-        if m <= 128:  # few rows: a thread takes 8 values, for the sake of latency
-            values, block = 8, min(max(block, 1024), 16384)
-            warps = min(block // 256, 16)
-        else:
-            # Up to 8192 values a row stay in registers; longer rows go by pieces, so that several blocks share a processor.
-            values, block = 32, min(max(block, 1024), 8192)
-            warps = block // 1024
-        quantize_fp8_rows[(m,)](
-            x, q, scale, x.stride(0), k, order == "fp8", block, k <= block, values, warps, num_warps=warps, launch_pdl=True
-        )
+    if _on_hopper(x.device, k) and order in ("natural", "fp8"):
+        _prepare_rows(x, source, q, scale, order)
         return q, scale
+    x = apply(x, source)
+    block = next_power_of_2(k)
     _quantize_fp8_kernel[(m,)](
         x, q, scale, x.stride(0), k, order, fp8, block, num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False
     )

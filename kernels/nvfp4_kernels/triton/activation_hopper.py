@@ -1,4 +1,5 @@
-"""Per-token e4m3 quantization on Hopper, straight into the K order of its GEMMs: one pass, 16-byte loads and stores.
+"""The input of a dense layer made ready on Hopper, one pass over a row: what comes before the layer (an RMSNorm, the sum
+before it, or silu(gate) * up), the rounding to 16 bits, and per-token e4m3 in the K order of the GEMMs; 16-byte accesses.
 
 A thread takes 32 values, 8 neighbours at each of the four t of hopper.py, which are 32 neighbours of the permuted row.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_compat import let_next_kernel_start, wait_for_previous_kernel
+from .gluon_compat import let_next_kernel_start, prefetch, wait_for_previous_kernel
 
 
 @gluon.constexpr_function
@@ -49,42 +50,106 @@ def _quantize(x, factor, scale, reciprocal, PERMUTE: gl.constexpr, LAYOUT: gl.co
 
 
 @gluon.jit
-def quantize_fp8_rows(
-    x_ptr, q_ptr, scale_ptr, stride, K, PERMUTE: gl.constexpr, BLOCK: gl.constexpr, WHOLE: gl.constexpr,
-    VALUES: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Row program_id(0) of x [M, K] to e4m3 [M, K] and its decode scale, BLOCK values at a time; WHOLE: BLOCK >= K.
+def _read(x_row, residual_row, at, K, SOURCE: gl.constexpr):
+    """Columns `at` of a row: x, or silu(gate) * up, in 16 bits; for a norm, what it is the norm of, in fp32."""
+    x = gl.load(x_row + at, mask=at < K, other=0.0)
+    DTYPE: gl.constexpr = x.dtype
+    if SOURCE == "silu_and_mul":
+        up = gl.load(x_row + K + at, mask=at < K, other=0.0).to(gl.float32)
+        gate = x.to(gl.float32)
+        x = (gate / (1.0 + gl.exp(-gate)) * up).to(DTYPE)
+    elif SOURCE == "rms_norm":
+        x = x.to(gl.float32)
+    elif SOURCE == "add_rms_norm":
+        x = x.to(gl.float32) + gl.load(residual_row + at, mask=at < K, other=0.0).to(gl.float32)
+    return x
 
-    K is a multiple of 128; PERMUTE puts it into the order of the Hopper GEMMs' fp8 operands. Longer rows are read twice,
-    the second time from the caches.
+
+@gluon.jit
+def _normalized(x, rsqrt, weight, DTYPE: gl.constexpr):
+    """x * rsqrt rounded to weight's type, times weight, in 16 bits: the roundings of reference/source.py."""
+    x = (x * rsqrt).to(weight.dtype).to(gl.float32) * weight.to(gl.float32)
+    return x.to(weight.dtype).to(DTYPE)
+
+
+@gluon.jit
+def _piece(x_row, residual_row, weight_ptr, at, K, rsqrt, SOURCE: gl.constexpr):
+    """Columns `at` of the layer's input in 16 bits, once the norm's factor is known."""
+    x = _read(x_row, residual_row, at, K, SOURCE)
+    if SOURCE == "rms_norm" or SOURCE == "add_rms_norm":
+        x = _normalized(x, rsqrt, gl.load(weight_ptr + at, mask=at < K, other=0.0), x_row.dtype.element_ty)
+    return x
+
+
+@gluon.jit
+def prepare_rows(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, total_ptr, stride, residual_stride, K, eps,
+    SOURCE: gl.constexpr, PERMUTE: gl.constexpr, BLOCK: gl.constexpr, WHOLE: gl.constexpr, VALUES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Row program_id(0) of a layer's input (reference/source.py) to out [M, K], BLOCK values at a time; WHOLE: BLOCK >= K.
+
+    out is e4m3, with a decode scale for each row, or of x's type. K is a multiple of 128; PERMUTE puts e4m3 into the order
+    of the Hopper GEMMs' operands. Longer rows are read again for each sum over them, from the caches.
     """
-    let_next_kernel_start()
-    wait_for_previous_kernel()
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    QUANTIZE: gl.constexpr = out_ptr.dtype.element_ty == gl.float8e4nv
+    NORM: gl.constexpr = SOURCE == "rms_norm" or SOURCE == "add_rms_norm"
     PERMUTED: gl.constexpr = _row_layout(True, VALUES, BLOCK, WARPS)
     NATURAL: gl.constexpr = _row_layout(False, VALUES, BLOCK, WARPS)
-    LAYOUT: gl.constexpr = NATURAL if PERMUTE else PERMUTED
+    IN: gl.constexpr = NATURAL if PERMUTE or not QUANTIZE else PERMUTED
+    OUT: gl.constexpr = PERMUTED if QUANTIZE else NATURAL
+    let_next_kernel_start()
+    if NORM:
+        line = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0])) * 64
+        prefetch(weight_ptr + gl.minimum(line, K - 1))
+    wait_for_previous_kernel()
     row = gl.program_id(0).to(gl.int64)
-    k = gl.arange(0, BLOCK, LAYOUT)
-    to = gl.arange(0, BLOCK, PERMUTED)
+    k = gl.arange(0, BLOCK, IN)
+    to = gl.arange(0, BLOCK, OUT)
     x_row = x_ptr + row * stride
-    x = gl.load(x_row + k, mask=k < K, other=0.0)
-    # A NaN counts as infinite: the scale is then infinite and the layer's row comes out NaN.
-    largest = gl.where(x != x, float("inf"), gl.abs(x.to(gl.float32)))
-    if not WHOLE:
-        for start in range(BLOCK, K, BLOCK):
-            more = gl.load(x_row + start + k, mask=start + k < K, other=0.0)
-            largest = gl.maximum(largest, gl.where(more != more, float("inf"), gl.abs(more.to(gl.float32))))
-    amax = gl.max(largest, axis=0)
-    scale = gl.div_rn(amax, 448.0)
-    gl.store(scale_ptr + row, scale)
-    # Very small and very large rows are moved by a power of two, where every step of the division stays normal.
-    factor = gl.where(amax < 1e-25, 2.0**96, gl.where(amax > 1e30, 2.0**-60, 1.0))
-    scale *= factor
-    reciprocal = gl.where(amax > 0, gl.div_rn(1.0, scale), 0.0)
+    residual_row = x_row
+    if SOURCE == "add_rms_norm":
+        residual_row = residual_ptr + row * residual_stride
+    x = _read(x_row, residual_row, k, K, SOURCE)
+    rsqrt = 1.0
+    if NORM:
+        weight = gl.load(weight_ptr + k, mask=k < K, other=0.0)
+        squares = x * x
+        if SOURCE == "add_rms_norm":
+            gl.store(total_ptr + row * K + k, x.to(DTYPE), mask=k < K)
+        if not WHOLE:
+            for start in range(BLOCK, K, BLOCK):
+                more = _read(x_row, residual_row, start + k, K, SOURCE)
+                squares += more * more
+                if SOURCE == "add_rms_norm":
+                    gl.store(total_ptr + row * K + start + k, more.to(DTYPE), mask=start + k < K)
+        rsqrt = gl.rsqrt(gl.sum(squares, axis=0) / K + eps)
+        x = _normalized(x, rsqrt, weight, DTYPE)
+    if QUANTIZE:
+        # A NaN counts as infinite: the scale is then infinite and the layer's row comes out NaN.
+        largest = gl.where(x != x, float("inf"), gl.abs(x.to(gl.float32)))
+        if not WHOLE:
+            for start in range(BLOCK, K, BLOCK):
+                more = _piece(x_row, residual_row, weight_ptr, start + k, K, rsqrt, SOURCE)
+                largest = gl.maximum(largest, gl.where(more != more, float("inf"), gl.abs(more.to(gl.float32))))
+        amax = gl.max(largest, axis=0)
+        scale = gl.div_rn(amax, 448.0)
+        gl.store(scale_ptr + row, scale)
+        # Very small and very large rows are moved by a power of two, where every step of the division stays normal.
+        factor = gl.where(amax < 1e-25, 2.0**96, gl.where(amax > 1e30, 2.0**-60, 1.0))
+        scale *= factor
+        reciprocal = gl.where(amax > 0, gl.div_rn(1.0, scale), 0.0)
     if WHOLE:
-        gl.store(q_ptr + row * K + to, _quantize(x, factor, scale, reciprocal, PERMUTE, PERMUTED), mask=to < K)
+        if QUANTIZE:
+            gl.store(out_ptr + row * K + to, _quantize(x, factor, scale, reciprocal, PERMUTE, PERMUTED), mask=to < K)
+        else:
+            gl.store(out_ptr + row * K + to, x, mask=to < K)
     else:
         for start in range(0, K, BLOCK):
-            x = gl.load(x_row + start + k, mask=start + k < K, other=0.0)
-            q = _quantize(x, factor, scale, reciprocal, PERMUTE, PERMUTED)
-            gl.store(q_ptr + row * K + start + to, q, mask=start + to < K)
+            more = _piece(x_row, residual_row, weight_ptr, start + k, K, rsqrt, SOURCE)
+            if QUANTIZE:
+                q = _quantize(more, factor, scale, reciprocal, PERMUTE, PERMUTED)
+                gl.store(out_ptr + row * K + start + to, q, mask=start + to < K)
+            else:
+                gl.store(out_ptr + row * K + start + to, more, mask=start + to < K)

@@ -36,8 +36,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append((arg.dtype, arg.data_ptr() % 16 == 0, arg.device))
         elif type(arg) is int:
             key.append((arg == 1, arg % 16 == 0, arg.bit_length() >> 5))
-        elif arg is None:
-            key.append(None)
+        elif arg is None or type(arg) is float:
+            key.append(type(arg))
         else:
             key.append((arg.base.dtype, *arg.block_shape, arg.layout))
     look_up = tuple(key)

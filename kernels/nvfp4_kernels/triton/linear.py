@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ import torch
 from ..devices import cuda_device
 from ..formats import SfLayout
 from ..reference.linear import INVERSE_BASE
+from ..reference.source import PLAIN, Source
 from . import gemm_portable
-from .activation import decode, permute, quantize_fp8
+from .activation import decode, permute, quantize_fp8, sourced
 from .launch import cdiv, launch, next_power_of_2
 from .quantize import quantize
 from .widen import widen_fp8
@@ -289,6 +290,7 @@ def linear(
     fp8_fold: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    source: Source = PLAIN,
 ) -> torch.Tensor:
     """x [M, K] fp16 or bf16 @ weight^T [K, N] -> [M, N] in x's dtype; as `reference.linear.linear`.
 
@@ -296,19 +298,27 @@ def linear(
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x: got {x.dtype} on {x.device}, allowed on a GPU are float16 and bfloat16")
-    m, k = x.shape
+    m, k = x.shape[0], data.shape[1] * 2
     n = data.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if not m or not n:
         return out
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous() if x.stride(1) != 1 or x.stride(0) != k else x.clone()
+    x = _aligned(x)
+    if source.residual is not None:
+        source = replace(source, residual=_aligned(source.residual))
     data, scales = data.contiguous(), scales.contiguous()
     chosen = plan(x.device, activation, m, n, k, x.dtype)
     if chosen.kernel == "widen" and bias is not None and bias.dtype != x.dtype:
         # cuBLAS adds a bias of the output's dtype alone.
         chosen = _rule_large(m, n, k, cuda_device(x.device.index or 0)[2])
-    return run(chosen, x, data, scales, row_scale, out, activation, fp8_fold, input_scale, bias)
+    return run(chosen, x, data, scales, row_scale, out, activation, fp8_fold, input_scale, bias, source)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with rows that 16-byte accesses can read."""
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def run(
@@ -322,11 +332,14 @@ def run(
     fp8_fold: torch.Tensor | None,
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    source: Source = PLAIN,
 ) -> torch.Tensor:
     """`linear` by a given plan, into out."""
     wgmma = chosen.kernel in ("decode", "large")
     token_scale: torch.Tensor | None = None
     fold: torch.Tensor | None = None
+    if activation != "fp8_per_token":
+        x, source = sourced(x, source, data.shape[1] * 2), PLAIN
     operand = x
     if chosen.kernel == "dot_scaled":
         from .gemm_dot_scaled import run as run_dot_scaled
@@ -335,7 +348,7 @@ def run(
     if activation == "fp8_per_token":
         assert fp8_fold is not None  # ops.py derives it
         fold = fp8_fold
-        operand, token_scale = quantize_fp8(x, "fp8" if wgmma else "natural")
+        operand, token_scale = quantize_fp8(x, "fp8" if wgmma else "natural", source)
     elif activation != "none":
         codes, sf, token_scale = quantize_nvfp4(x, activation, input_scale)
         operand = decode(codes, sf, x.dtype, "16" if wgmma else "natural")
