@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,7 @@ from nvfp4_plugin.cli.benchmark import (
     PlotOption,
     RepeatsOption,
     Unavailable,
+    need,
     pick_device,
     rotation,
     run,
@@ -26,6 +28,8 @@ from nvfp4_plugin.cli.benchmark import (
 
 if TYPE_CHECKING:
     import torch
+
+    from nvfp4_kernels import Nvfp4Weight
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -42,6 +46,9 @@ SHAPES = {
     "qwen3_32b_down": (5120, 25600),
 }
 """Layer -> (N, K): the linear layers of Llama-3-8B and -70B and of Qwen3-32B."""
+PEERS = {"marlin": "MarlinNvFp4LinearKernel", "humming": "HummingNvFp4LinearKernel"}
+"""Peer, a module of vLLM's NVFP4 kernels -> its class."""
+_VLLM_KERNELS = "vllm.model_executor.kernels.linear.nvfp4"
 
 
 def linear(
@@ -52,6 +59,9 @@ def linear(
         "fp8_per_token",
         "nvfp4_per_token",
     ],
+    peer: Annotated[
+        list[str], typer.Option("--peer", help="Peers to time beside them: marlin and humming, in vLLM; repeatable.")
+    ] = list(PEERS),  # noqa: B006
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure every GEMM and tile for these layers and keep the best for this device.")
     ] = False,
@@ -61,7 +71,10 @@ def linear(
     device: DeviceOption = "auto",
     repeats: RepeatsOption = 30,
 ) -> None:
-    """x @ weight^T over an NVFP4 weight in each activation mode, beside the bf16 layer and cuBLAS's FP8 product."""
+    """x @ weight^T over an NVFP4 weight in each activation mode, beside its peers, the bf16 layer and cuBLAS's FP8 product."""
+    for name in peer:
+        if name not in PEERS:
+            raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(PEERS)}", param_hint="--peer")
     where = pick_device(device)
     if tune:
         _tune([_shape(name) for name in layer], where, output, repeats)
@@ -71,7 +84,7 @@ def linear(
         n, k = _shape(name)
         for rows in m:
             point: dict[str, str | int] = {"layer": f"{name} {n}x{k}" if name in SHAPES else name, "M": rows}
-            for column in (*mode, "bf16", *(("fp8 cuBLAS",) if where.type == "cuda" else ())):
+            for column in (*mode, *peer, "bf16", *(("fp8 cuBLAS",) if where.type == "cuda" else ())):
                 weight_bytes = {"bf16": n * k * 2, "fp8 cuBLAS": n * k}.get(column, n * k * 9 // 16)
                 cases.append(
                     Case(
@@ -150,6 +163,10 @@ def _setup(mode: str, rows: int, n: int, k: int, device: torch.device) -> Sequen
             partial(torch._scaled_mm, x8, w.t(), scale_a=row, scale_b=column, out_dtype=torch.bfloat16, use_fast_accum=True)
             for w in weights
         ]
+    if mode in PEERS:
+        need(device, f"{_VLLM_KERNELS}.{mode}")
+        quantized = quantize_weight(weight, scale_search="absmax")
+        return [partial(_peer(mode, quantized), x) for _ in range(rotation(quantized.nbytes, device, limit=32))]
     quantized = quantize_weight(weight, scale_search="absmax").prepared(mode)
     tensors = {key: value for key, value in vars(quantized).items() if value is not None}
     copies = [
@@ -158,3 +175,26 @@ def _setup(mode: str, rows: int, n: int, k: int, device: torch.device) -> Sequen
     ]
     scale = torch.full((1,), 4 / (448 * 6), device=device)
     return [partial(nvfp4_linear, x, w, activation=mode, input_scale=scale) for w in copies]
+
+
+def _peer(name: str, weight: Nvfp4Weight) -> Callable[[torch.Tensor], object]:
+    """vLLM's own kernel over a copy of the weight, as vLLM's layer for a compressed-tensors checkpoint sets it up."""
+    import torch
+
+    n, k = weight.shape
+    layer: Any = torch.nn.Module()
+    for parameter, value in (
+        ("weight", weight.data),
+        ("weight_scale", weight.scales),
+        ("weight_global_scale", weight.global_scale),
+    ):
+        layer.register_parameter(parameter, torch.nn.Parameter(value.clone(), requires_grad=False))
+    layer.input_size_per_partition, layer.output_size_per_partition, layer.output_partition_sizes = k, n, [n]
+    layer.params_dtype, layer.has_bias, layer.bias = torch.bfloat16, False, None
+    kernel = getattr(importlib.import_module(f"{_VLLM_KERNELS}.{name}"), PEERS[name])
+    supported, reason = kernel.is_supported()
+    if not supported:
+        raise Unavailable(f"{name}: {reason}")
+    prepared = kernel(importlib.import_module(_VLLM_KERNELS).NvFp4LinearLayerConfig())
+    prepared.process_weights_after_loading(layer)
+    return partial(prepared.apply_weights, layer)

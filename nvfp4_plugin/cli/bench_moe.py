@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from nvfp4_plugin.cli.benchmark import (
     PlotOption,
     RepeatsOption,
     Unavailable,
+    need,
     pick_device,
     rotation,
     run,
@@ -99,7 +99,7 @@ def _setup(column: str, tokens: int, shape: tuple[int, int, int, int], device: t
 
     experts, top_k, hidden, inner = shape
     if column in PEERS:
-        _need(device, "vllm.model_executor.layers.fused_moe.experts.marlin_moe")
+        need(device, "vllm.model_executor.layers.fused_moe.experts.marlin_moe")
     weight_bytes = experts * 3 * hidden * inner * 9 // 16
     layers = [
         (_weight(experts, 2 * inner, hidden, device), _weight(experts, hidden, inner, device))
@@ -120,18 +120,6 @@ def _setup(column: str, tokens: int, shape: tuple[int, int, int, int], device: t
         partial(nvfp4_fused_moe, x, *ours[i % len(ours)], weights, ids, activation=column, input_scales=(scale, scale))
         for i, (x, weights, ids) in enumerate(inputs)
     ]
-
-
-def _need(device: torch.device, module: str) -> None:
-    """Unavailable unless `module` can be imported and the device is a CUDA GPU."""
-    if device.type != "cuda":
-        raise Unavailable(f"needs a CUDA device, this is {device.type}")
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise Unavailable(f"{module.partition('.')[0]} is not installed here, or has no {module}")
 
 
 def _weight(experts: int, n: int, k: int, device: torch.device) -> Any:

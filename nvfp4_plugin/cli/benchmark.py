@@ -20,6 +20,7 @@ be captured is timed eagerly, and the result says so); on the CPU: time.perf_cou
 
 from __future__ import annotations
 
+import importlib.util
 import json as json_module
 import statistics
 import sys
@@ -112,6 +113,18 @@ def pick_device(name: str) -> torch.device:
             param_hint="--device",
         )
     return device
+
+
+def need(device: torch.device, module: str) -> None:
+    """Unavailable unless `module` can be imported and the device is a CUDA GPU."""
+    if device.type != "cuda":
+        raise Unavailable(f"needs a CUDA device, this is {device.type}")
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise Unavailable(f"{module.partition('.')[0]} is not installed here, or has no {module}")
 
 
 def device_name(device: torch.device) -> str:
