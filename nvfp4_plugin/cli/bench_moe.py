@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,9 @@ from nvfp4_plugin.cli.benchmark import (
 if TYPE_CHECKING:
     import torch
 
+Shape = tuple[int, int, int, int]
+Layer = Callable[..., object]
+
 SHAPES = {
     "qwen3-30b-a3b": (128, 8, 2048, 768),
     "mixtral-8x7b": (8, 2, 4096, 14336),
@@ -33,7 +37,9 @@ SHAPES = {
     "glm-4.5-air": (128, 8, 4096, 1408),
 }
 """Model -> (experts, top_k, hidden size, intermediate size of a rank)."""
-PEERS = ("marlin",)
+PEERS: dict[str, Any] = {"marlin": "marlin", "humming": "humming", "bf16": "triton"}
+"""Peer -> what vLLM calls its kernels; bf16 has weights that were never quantized."""
+_VLLM_LAYER = "vllm.model_executor.layers.fused_moe.routed_experts"
 
 
 def moe(
@@ -46,7 +52,9 @@ def moe(
         "fp8_per_token",
         "nvfp4_per_token",
     ],
-    peer: Annotated[list[str], typer.Option("--peer", help="Peers to time beside them: marlin (vLLM's).")] = list(PEERS),  # noqa: B006
+    peer: Annotated[
+        list[str], typer.Option("--peer", help="Peers to time beside them: marlin, humming and bf16, in vLLM; repeatable.")
+    ] = list(PEERS),  # noqa: B006
     json: JsonOption = False,
     plot: PlotOption = None,
     device: DeviceOption = "auto",
@@ -60,23 +68,24 @@ def moe(
     cases = []
     for name in model:
         experts, top_k, hidden, inner = shape = _shape(name)
-        for tokens in m:
-            # A token's experts are distinct and independent of the other tokens'.
-            hit = experts * (1 - (1 - top_k / experts) ** tokens)
-            for column in (*mode, *peer):
+        for column in (*mode, *peer):
+            for tokens in m:
+                # A token's experts are distinct and independent of the other tokens'.
+                hit = experts * (1 - (1 - top_k / experts) ** tokens)
+                weight_bits = 16 if column == "bf16" else 4.5
                 cases.append(
                     Case(
                         {"model": name, "M": tokens},
                         column,
                         partial(_setup, column, tokens, shape, where),
-                        bytes=int(hit * 3 * hidden * inner * 9 / 16) + 4 * tokens * hidden,
+                        bytes=int(hit * 3 * hidden * inner * weight_bits / 8) + 4 * tokens * hidden,
                         flops=6 * tokens * top_k * hidden * inner,
                     )
                 )
     run("Mixture-of-experts layers", cases, where, json=json, plot=plot, repeats=repeats)
 
 
-def _shape(name: str) -> tuple[int, int, int, int]:
+def _shape(name: str) -> Shape:
     if name in SHAPES:
         return SHAPES[name]
     sizes = name.split("x")
@@ -92,34 +101,45 @@ def _shape(name: str) -> tuple[int, int, int, int]:
     return experts, top_k, hidden, inner
 
 
-def _setup(column: str, tokens: int, shape: tuple[int, int, int, int], device: torch.device) -> Sequence[Call]:
+def _setup(column: str, tokens: int, shape: Shape, device: torch.device) -> Sequence[Call]:
     import torch
 
-    from nvfp4_kernels import nvfp4_fused_moe
-
-    experts, top_k, hidden, inner = shape
+    experts, top_k, hidden, _ = shape
     if column in PEERS:
-        need(device, "vllm.model_executor.layers.fused_moe.experts.marlin_moe")
-    weight_bytes = experts * 3 * hidden * inner * 9 // 16
-    layers = [
-        (_weight(experts, 2 * inner, hidden, device), _weight(experts, hidden, inner, device))
-        for _ in range(rotation(weight_bytes, device, limit=4))
-    ]
-    # Small batches meet other experts in every call, as they do in a model.
+        need(device, _VLLM_LAYER)
+    layers = _layers(column, shape, device)
+    # Every column meets the same tokens and experts; small batches meet others in every call, as they do in a model.
+    torch.manual_seed(tokens)
     inputs = []
     for _ in range(max(len(layers), 4 if tokens <= 64 else 1)):
         x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
         scores = torch.rand(tokens, experts, device=device).topk(top_k, dim=-1)
         inputs.append((x, scores.values, scores.indices.to(torch.int32)))
-    if column in PEERS:
-        prepared = [_marlin(w13, w2, shape) for w13, w2 in layers]
-        return [partial(prepared[i % len(prepared)], *inputs[i]) for i in range(len(inputs))]
+    return [partial(layers[i % len(layers)], *inputs[i]) for i in range(len(inputs))]
+
+
+@functools.lru_cache(maxsize=1)  # for all numbers of tokens: Marlin takes seconds to prepare hundreds of experts
+def _layers(column: str, shape: Shape, device: torch.device) -> list[Layer]:
+    experts, _, hidden, inner = shape
+    copies = rotation(experts * 3 * hidden * inner * 9 // 16, device, limit=4)
+    make = _vllm if column in PEERS else _ours
+    return [make(column, shape, device) for _ in range(copies)]
+
+
+def _ours(mode: str, shape: Shape, device: torch.device) -> Layer:
+    import torch
+
+    from nvfp4_kernels import nvfp4_fused_moe
+
+    experts, _, hidden, inner = shape
+    w13 = _weight(experts, 2 * inner, hidden, device).prepared(mode)
+    w2 = _weight(experts, hidden, inner, device).prepared(mode)
     scale = torch.full((1,), 4 / (448 * 6), device=device)
-    ours = [(w13.prepared(column), w2.prepared(column)) for w13, w2 in layers]
-    return [
-        partial(nvfp4_fused_moe, x, *ours[i % len(ours)], weights, ids, activation=column, input_scales=(scale, scale))
-        for i, (x, weights, ids) in enumerate(inputs)
-    ]
+
+    def call(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return nvfp4_fused_moe(x, w13, w2, weights, ids, activation=mode, input_scales=(scale, scale))
+
+    return call
 
 
 def _weight(experts: int, n: int, k: int, device: torch.device) -> Any:
@@ -133,43 +153,71 @@ def _weight(experts: int, n: int, k: int, device: torch.device) -> Any:
     return Nvfp4Weight(data, scales, torch.full((experts,), 1 / (400 * k**0.5), device=device))
 
 
-def _marlin(w13: Any, w2: Any, shape: tuple[int, int, int, int]) -> Any:
-    """vLLM's Marlin layer over the same weights, as vLLM's ModelOpt method sets it up."""
-    from types import SimpleNamespace
-
+def _vllm(peer: str, shape: Shape, device: torch.device) -> Layer:
+    """vLLM's layer over random weights of the same sizes, as its ModelOpt method sets it up (bf16: its unquantized one)."""
     import torch
-    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
-    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_nvfp4_moe_layer_for_marlin
-    from vllm.scalar_type import scalar_types
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+    from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
 
-    experts, _, hidden, inner = shape
-    layer: Any = SimpleNamespace(
-        num_experts=experts,
-        hidden_size=hidden,
-        intermediate_size_per_partition=inner,
-        params_dtype=torch.bfloat16,
-    )
-    try:
-        d13, s13, g13, d2, s2, g2 = prepare_nvfp4_moe_layer_for_marlin(
-            layer, w13.data, w13.scales, w13.global_scale, w2.data, w2.scales, w2.global_scale, is_act_and_mul=True
+    experts, top_k, hidden, inner = shape
+    config = VllmConfig()
+    with set_current_vllm_config(config), torch.device(device):
+        _one_rank()
+        if not is_workspace_manager_initialized():
+            init_workspace_manager(device)
+        parallel = FusedMoEParallelConfig.make_no_parallel()
+        sizes = FusedMoEConfig(
+            num_experts=experts,
+            experts_per_token=top_k,
+            hidden_dim=hidden,
+            intermediate_size=inner,
+            num_local_experts=experts,
+            num_logical_experts=experts,
+            activation=MoEActivation.SILU,
+            device=device,
+            routing_method=RoutingMethodType.Renormalize,
+            moe_parallel_config=parallel,
+            in_dtype=torch.bfloat16,
+            moe_backend=PEERS[peer],
         )
-    except AssertionError as error:
-        raise Unavailable(f"Marlin does not take this shape: {error}") from None
+        placement = ExpertMapManager(1 << 15, top_k, experts, 0, None, parallel, "linear", False)
+        checkpoint = None if peer == "bf16" else ModelOptNvFp4Config(is_checkpoint_nvfp4_serialized=True)
+        try:
+            layer = RoutedExperts("experts", torch.bfloat16, sizes, checkpoint, placement)
+            for name, n, k in (("w13", 2 * inner, hidden), ("w2", hidden, inner)):
+                if peer == "bf16":
+                    getattr(layer, f"{name}_weight").data.normal_(std=k**-0.5)
+                else:
+                    weight = _weight(experts, n, k, device)
+                    getattr(layer, f"{name}_weight").data.copy_(weight.data)
+                    getattr(layer, f"{name}_weight_scale").data.copy_(weight.scales)
+                    scale = getattr(layer, f"{name}_weight_scale_2").data
+                    scale.copy_(weight.global_scale.view(-1, *[1] * (scale.ndim - 1)).expand_as(scale))
+                    getattr(layer, f"{name}_input_scale").data.fill_(4 / (448 * 6))
+            layer.quant_method.process_weights_after_loading(layer)
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            raise Unavailable(f"vLLM's {peer} does not take this shape: {error}") from None
 
-    def call(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return fused_marlin_moe(
-            x,
-            d13,
-            d2,
-            None,
-            None,
-            s13,
-            s2,
-            weights,
-            ids,
-            quant_type_id=scalar_types.float4_e2m1f.id,
-            global_scale1=g13,
-            global_scale2=g2,
-        )
+    def call(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> object:
+        with set_forward_context(None, config):
+            return layer.quant_method.apply(layer, x, weights, ids, None, None)
 
     return call
+
+
+def _one_rank() -> None:
+    """vLLM's process groups, of this process alone: its parameters ask them for their rank."""
+    import tempfile
+
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
+
+    if not model_parallel_is_initialized():
+        with tempfile.TemporaryDirectory() as folder:
+            init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+            initialize_model_parallel()
