@@ -71,6 +71,34 @@ def warm_up_linear(
         logger.info("nvfp4: %s: rows %s", what, explain_linear(device, activation, n, k, dtype, _LINEAR_ROWS))
 
 
+def warm_up_fused_linear(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: str,
+    call: Callable[..., object],
+    *variant: Hashable,
+) -> None:
+    """As `warm_up_linear`, for a layer and what comes before it: "rms_norm", of a sum or not, or "silu_and_mul".
+
+    `call` takes one of the ops of `nvfp4_kernels.ops` for it, and the arguments of that op that come before the layer's.
+    """
+    n, k = shape
+
+    def run(rows: int) -> None:
+        from nvfp4_kernels import ops
+
+        x = torch.zeros(rows, 2 * k if kind == "silu_and_mul" else k, dtype=dtype, device=device)
+        if kind == "silu_and_mul":
+            call(ops.silu_and_mul_linear, x)
+            return
+        weight = torch.ones(k, dtype=dtype, device=device)
+        call(ops.rms_norm_linear, x, weight, 1e-6)
+        call(ops.add_rms_norm_linear, x, x, weight, 1e-6)
+
+    _warm_up(f"layers of {n} x {k} behind {kind}", device, _LINEAR_ROWS, run, dtype, *variant)
+
+
 def warm_up_moe(
     shape: torch.Size,
     dtype: torch.dtype,

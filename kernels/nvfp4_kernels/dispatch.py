@@ -131,6 +131,16 @@ def resolve_moe_activation(
     )
 
 
+def fuses(device: torch.device, activation: str, backend: str = "cuda") -> bool:
+    """Whether a dense layer is faster by the ops of `ops.py` that take in the norm or the SiLU before it.
+
+    That is where its input is made ready by a kernel of its own, which then does both.
+    """
+    if backend != "cuda" or activation not in ("auto", "fp8_per_token") or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0) and _gpu_function("linear") is not None
+
+
 def explain(device: torch.device | str) -> list[Choice]:
     """What runs on `device` for every operation and activation mode, as `nvfp4 doctor` prints it."""
     device = torch.device(device)

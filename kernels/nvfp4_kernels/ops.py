@@ -121,9 +121,7 @@ _LAYER = (
 )
 
 
-def _linear(
-    x, data, scales, row_scale, activation, fp8_fold, input_scale, bias, backend, source: Source = PLAIN
-) -> torch.Tensor:
+def _linear(source: Source, x, data, scales, row_scale, activation, fp8_fold, input_scale, bias, backend) -> torch.Tensor:
     mode = dispatch.resolve_activation(activation, x.device, x.shape[0], data.shape[0], data.shape[1] * 2)
     return dispatch.implementation("linear", x.device, backend)(
         x,
@@ -144,7 +142,7 @@ def _linear_fake(x, data, *layer) -> torch.Tensor:
 
 @_define(f"linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake)
 def linear(x, *layer) -> torch.Tensor:
-    return _linear(x, *layer)
+    return _linear(PLAIN, x, *layer)
 
 
 # Layers together with what models compute right before them (reference/source.py). vLLM's graphs are rewritten to these.
@@ -152,7 +150,7 @@ def linear(x, *layer) -> torch.Tensor:
 
 @_define(f"silu_and_mul_linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake)
 def silu_and_mul_linear(x, *layer) -> torch.Tensor:
-    return _linear(x, *layer, source=Source("silu_and_mul"))
+    return _linear(Source("silu_and_mul"), x, *layer)
 
 
 def _rms_norm_linear_fake(x, norm_weight, eps, data, *layer) -> torch.Tensor:
@@ -161,7 +159,7 @@ def _rms_norm_linear_fake(x, norm_weight, eps, data, *layer) -> torch.Tensor:
 
 @_define(f"rms_norm_linear(Tensor x, Tensor norm_weight, float eps, {_LAYER}) -> Tensor", _rms_norm_linear_fake)
 def rms_norm_linear(x, norm_weight, eps, *layer) -> torch.Tensor:
-    return _linear(x, *layer, source=Source("rms_norm", norm_weight, eps))
+    return _linear(Source("rms_norm", norm_weight, eps), x, *layer)
 
 
 def _add_rms_norm_linear_fake(x, residual, norm_weight, eps, data, *layer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +172,7 @@ def _add_rms_norm_linear_fake(x, residual, norm_weight, eps, data, *layer) -> tu
 )
 def add_rms_norm_linear(x, residual, norm_weight, eps, *layer) -> tuple[torch.Tensor, torch.Tensor]:
     total = x.new_empty(x.shape)
-    return _linear(x, *layer, source=Source("add_rms_norm", norm_weight, eps, residual, total)), total
+    return _linear(Source("add_rms_norm", norm_weight, eps, residual, total), x, *layer), total
 
 
 def _fold(fp8_fold: torch.Tensor | None, scales: torch.Tensor, mode: str) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ SUPPORTED = "0.32 and 0.33"
 LOGGERS = ("nvfp4", "nvfp4_plugin")
 
 _HOOKS = {
+    "compilation/passes/inductor_pass.py": ("InductorPass", "enable_fake_mode", "get_pass_context"),
     "model_executor/layers/quantization/__init__.py": ("register_quantization_config",),
     "model_executor/layers/quantization/base_config.py": ("QuantizationConfig", "QuantizeMethodBase"),
     "model_executor/layers/quantization/kv_cache.py": ("BaseKVCacheMethod",),

@@ -9,6 +9,8 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
+from nvfp4_kernels.dispatch import fuses
+
 from ..plan import QuantizationPlan, expert_parts, is_router
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ class Nvfp4QuantizationConfig(QuantizationConfig):
     def __init__(self, quantization_config: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.plan = QuantizationPlan(quantization_config)
+        self._fused = False
         if not self.plan.online and self.plan.format.kind == "compressed-tensors":
             # vLLM's attention layer reads this attribute and stores the KV cache accordingly.
             self.kv_cache_scheme = (quantization_config or {}).get("kv_cache_scheme")
@@ -60,12 +63,18 @@ class Nvfp4QuantizationConfig(QuantizationConfig):
 
     def _configure(self) -> None:
         # Here and not in __init__: there is no current vLLM config when this object is made.
-        additional = get_current_vllm_config().additional_config
+        config = get_current_vllm_config()
+        additional = config.additional_config
         self.plan.configure(additional.get("nvfp4") if isinstance(additional, dict) else None)
         if isinstance(additional, dict):
             # vLLM reuses compiled graphs by a hash of its config, which covers this dictionary but neither the environment
             # nor a checkpoint's options.
             additional["nvfp4_resolved"] = self.plan.options.model_dump(mode="json")
+        options = self.plan.options
+        if fuses(torch.device(current_platform.device_type), options.activation, options.backend):
+            from .fusion import install
+
+            self._fused = install(config)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.attention import Attention, MLAAttention
@@ -99,7 +108,7 @@ class Nvfp4QuantizationConfig(QuantizationConfig):
                 # None lets an LM head use the method of embeddings.
                 return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
             linear = Nvfp4OnlineLinearMethod if self.plan.online else Nvfp4LinearMethod
-            return linear(self.plan, prefix, self.packed_modules_mapping)
+            return linear(self.plan, prefix, self.packed_modules_mapping, self._fused)
         if isinstance(layer, Attention | MLAAttention) and not self.plan.online and self.plan.format.kv_cache:
             return BaseKVCacheMethod(self)
         return None

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import amax_for_tp_weight_quant
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
@@ -21,7 +27,7 @@ from nvfp4_kernels.formats import GROUP_SIZE
 
 from .. import layers
 from ..plan import QuantizationPlan
-from ..warmup import warm_up_linear
+from ..warmup import warm_up_fused_linear, warm_up_linear
 
 Layer = Any
 """A module of vLLM's. To a type checker its attributes, which come as it is built, would be tensors or modules."""
@@ -70,10 +76,11 @@ def _load_plain(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, 
 class _LinearMethod(LinearMethodBase):
     """What both methods share: the forward pass, and the parameters that it reads."""
 
-    def __init__(self, plan: QuantizationPlan, prefix: str, packed: PackedModules) -> None:
+    def __init__(self, plan: QuantizationPlan, prefix: str, packed: PackedModules, fused: bool) -> None:
         self.plan = plan
         self.prefix = prefix
         self._packed = packed
+        self._fused = fused
         self._dummy = loads_dummy_weights()
         self._names = layers.parameter_names(plan.names)
         # Plain strings: torch.compile traces what `apply` reads.
@@ -95,16 +102,26 @@ class _LinearMethod(LinearMethodBase):
         layers.install(layer, weight.prepared(self._activation), self._names)
         layers.set_parameter(layer, "input_decode_scale", input_scale)
         layer._already_called_process_weights_after_loading = True
-        warm_up_linear(
-            weight.shape,
-            layer.orig_dtype,
-            weight.data.device,
-            self._activation,
+        self._warm_up(layer, layers.installed(layer, self._names))
+
+    def _warm_up(self, layer: Layer, weight: Nvfp4Weight) -> None:
+        def bias() -> torch.Tensor | None:
             # The bias itself may not be there yet.
-            lambda x: self.apply(layer, x, None if layer.bias is None else torch.zeros_like(layer.bias, device=x.device)),
-            layer.bias is not None,
-            weight.global_scale.dim(),
-        )
+            return None if layer.bias is None else torch.zeros_like(layer.bias, device=weight.data.device)
+
+        def fused(op: Callable[..., object], *made: object) -> object:
+            fold, scale = weight.fp8_fold, layer.input_decode_scale
+            return op(
+                *made, weight.data, weight.scales, weight.row_scale(), self._activation, fold, scale, bias(), self._backend
+            )
+
+        arguments = (weight.shape, layer.orig_dtype, weight.data.device)
+        variant = (layer.bias is not None, weight.global_scale.dim())
+        warm_up_linear(*arguments, self._activation, lambda x: self.apply(layer, x, bias()), *variant)
+        if self._fused and isinstance(layer, LinearBase):
+            # What torch.compile will find before this layer is not known here: most likely this.
+            kind = "silu_and_mul" if isinstance(layer, RowParallelLinear) else "rms_norm"
+            warm_up_fused_linear(*arguments, kind, fused, *variant)
 
     def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return nvfp4_linear(

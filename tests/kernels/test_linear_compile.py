@@ -71,9 +71,10 @@ PASSES = {"plain": 2, "silu_and_mul": 2, "rms_norm": 3, "add_rms_norm": 3}  # ov
 @pytest.mark.parametrize("whole", [False, True])
 def test_rows_to_fp8(compiled: Variants, source: str, permute: bool, whole: bool) -> None:
     variant = compiled[f"rows {source} fp8 {permute} 32 {whole}", 90]
-    # 16 bytes at a time: 32 values are 4 loads and 2 stores. The sum is stored once, by the first block and by those after it.
+    # 16 bytes at a time: 32 values are 4 loads and 2 stores (4 of 8 bytes, in K's own order). The sum is stored once, by the first block and by those after it.
     totals = (4 if whole else 8) if source == "add_rms_norm" else 0
-    assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 2 + totals
+    assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 2 * permute + totals
+    assert count(variant, r"st\.global(?:\.\w+)*\.v2\.b32") == 4 * (not permute)
     loads = count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32")
     assert loads == 4 * READS[source] if whole else loads >= 4 * (PASSES[source] + 1)
     assert count(variant, r"cvt\.rn\.satfinite\.e4m3x2\.f32") == 16

@@ -70,6 +70,9 @@ def _quantize_fp8_kernel(x_ptr, q_ptr, scale_ptr, stride, K, ORDER: tl.constexpr
 def _row_tile(m: int, k: int, kind: str) -> tuple[int, int, int]:
     """Values that a thread has side by side, values of a row at a time, and warps, as measured on an H100."""
     block = max(next_power_of_2(k), 1024)
+    if kind != "plain":
+        block = min(block, 16384)
+        return 8, block, 32 if m <= 128 and block == 16384 else block // 1024
     if m <= 128:  # few rows: a thread takes 8 values, for the sake of latency
         block = min(block, 16384)
         return 8, block, min(block // 256, 16)

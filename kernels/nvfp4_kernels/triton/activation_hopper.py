@@ -95,10 +95,8 @@ def prepare_rows(
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     QUANTIZE: gl.constexpr = out_ptr.dtype.element_ty == gl.float8e4nv
     NORM: gl.constexpr = SOURCE == "rms_norm" or SOURCE == "add_rms_norm"
-    PERMUTED: gl.constexpr = _row_layout(True, VALUES, BLOCK, WARPS)
-    NATURAL: gl.constexpr = _row_layout(False, VALUES, BLOCK, WARPS)
-    IN: gl.constexpr = NATURAL if PERMUTE or not QUANTIZE else PERMUTED
-    OUT: gl.constexpr = PERMUTED if QUANTIZE else NATURAL
+    IN: gl.constexpr = _row_layout(False, VALUES, BLOCK, WARPS)
+    OUT: gl.constexpr = _row_layout(PERMUTE, VALUES, BLOCK, WARPS)
     let_next_kernel_start()
     if NORM:
         line = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0])) * 64
@@ -142,14 +140,14 @@ def prepare_rows(
         reciprocal = gl.where(amax > 0, gl.div_rn(1.0, scale), 0.0)
     if WHOLE:
         if QUANTIZE:
-            gl.store(out_ptr + row * K + to, _quantize(x, factor, scale, reciprocal, PERMUTE, PERMUTED), mask=to < K)
+            gl.store(out_ptr + row * K + to, _quantize(x, factor, scale, reciprocal, PERMUTE, OUT), mask=to < K)
         else:
             gl.store(out_ptr + row * K + to, x, mask=to < K)
     else:
         for start in range(0, K, BLOCK):
             more = _piece(x_row, residual_row, weight_ptr, start + k, K, rsqrt, SOURCE)
             if QUANTIZE:
-                q = _quantize(more, factor, scale, reciprocal, PERMUTE, PERMUTED)
+                q = _quantize(more, factor, scale, reciprocal, PERMUTE, OUT)
                 gl.store(out_ptr + row * K + start + to, q, mask=start + to < K)
             else:
                 gl.store(out_ptr + row * K + start + to, more, mask=start + to < K)
