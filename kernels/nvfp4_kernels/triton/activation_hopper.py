@@ -49,6 +49,33 @@ def _quantize(x, factor, scale, reciprocal, PERMUTE: gl.constexpr, LAYOUT: gl.co
     return q
 
 
+@gluon.constexpr_function
+def _silu_times_asm(dtype):
+    one = """
+        mul.ftz.f32 e, ${gate}, 0fBFB8AA3B;  // -log2(e)
+        ex2.approx.ftz.f32 e, e;
+        add.ftz.f32 e, e, 0f3F800000;
+        rcp.approx.ftz.f32 e, e;
+        mul.ftz.f32 e, e, ${gate};
+        mul.ftz.f32 {out}, e, ${up};"""
+    pair = one.format(gate=1, up=3, out="low") + one.format(gate=2, up=4, out="high")
+    return "{ .reg .f32 e, low, high;" + pair + f" cvt.rn.{dtype}x2.f32 $0, high, low; }}"
+
+
+@gluon.jit
+def _silu_times(gate, up, DTYPE: gl.constexpr):
+    """silu(gate) * up of fp32 values, rounded to 16 bits, in the fewest instructions: a row has one multiprocessor.
+
+    The error is 2^-21 before the rounding; a gate below -87 gives 0.
+    """
+    WORDS: gl.constexpr = "=r,f,f,f,f"
+    if gl.bfloat16 == DTYPE:
+        out = gl.inline_asm_elementwise(_silu_times_asm("bf16"), WORDS, [gate, up], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        out = gl.inline_asm_elementwise(_silu_times_asm("f16"), WORDS, [gate, up], dtype=gl.float16, is_pure=True, pack=2)
+    return out
+
+
 @gluon.jit
 def _read(x_row, residual_row, at, K, SOURCE: gl.constexpr):
     """Columns `at` of a row: x, or silu(gate) * up, in 16 bits; for a norm, what it is the norm of, in fp32."""
@@ -56,8 +83,7 @@ def _read(x_row, residual_row, at, K, SOURCE: gl.constexpr):
     DTYPE: gl.constexpr = x.dtype
     if SOURCE == "silu_and_mul":
         up = gl.load(x_row + K + at, mask=at < K, other=0.0).to(gl.float32)
-        gate = x.to(gl.float32)
-        x = (gate / (1.0 + gl.exp(-gate)) * up).to(DTYPE)
+        x = _silu_times(x.to(gl.float32), up, DTYPE)
     elif SOURCE == "rms_norm":
         x = x.to(gl.float32)
     elif SOURCE == "add_rms_norm":
