@@ -21,8 +21,8 @@ from nvfp4_kernels.triton.gemm_portable import gemm_portable
 from nvfp4_kernels.triton.widen import _widen_kernel
 
 TYPES = {"fp8": (gl.float8e4nv, "fp8e4nv"), "bf16": (gl.bfloat16, "bf16"), "fp16": (gl.float16, "fp16")}
-SOURCES = ("rms_norm", "add_rms_norm", "silu_and_mul")
-ROW_SHAPES = ((32, 8192, False), (32, 8192, True), (8, 4096, True))  # values a thread, of a block, and whether that is a row
+SOURCES = ("plain", "rms_norm", "add_rms_norm", "silu_and_mul")
+ROW_SHAPES = ((4096, True), (4096, False))  # values of a block, and whether that is a row
 POINTERS = {
     "fold_ptr": "*fp32",
     "row_ptr": "*fp32",
@@ -92,14 +92,12 @@ def rows() -> list[tuple[Any, ...]]:
             types = {"w_ptr": "*i32", "s_ptr": "*i32", "x_ptr": f"*{x}", "out_ptr": f"*{x}", "bias_ptr": f"*{x}"}
             constants = {"KW": warps_k, "NW": warps_n, "TOKEN": False, "BIAS": False}
             made.append((f"few {x} {warps_k}", gemm_few, types, constants, 90, warps_k * warps_n, True))
-    for source, out, permute, values, block, whole in (
-        *(("plain", "fp8", permute, *shape) for permute in (False, True) for shape in ROW_SHAPES),
-        *((source, "fp8", True, *shape) for source in SOURCES for shape in ROW_SHAPES),
-        *((source, "fp8", False, 32, 8192, True) for source in SOURCES),
-        *((source, x, False, 8, 4096, True) for source in SOURCES for x in ("bf16", "fp16")),
+    for source, out, permute, block, whole in (
+        *((source, "fp8", permute, *shape) for source in SOURCES for permute in (False, True) for shape in ROW_SHAPES),
+        *((source, x, False, *ROW_SHAPES[0]) for source in SOURCES for x in ("bf16", "fp16")),
     ):
-        warps = block // (32 * values)
-        constants = {"SOURCE": source, "PERMUTE": permute, "BLOCK": block, "WHOLE": whole, "VALUES": values, "WARPS": warps}
+        warps = block // 1024
+        constants = {"SOURCE": source, "PERMUTE": permute, "BLOCK": block, "WHOLE": whole, "WARPS": warps}
         x = "bf16" if out == "fp8" else out
         types = {"x_ptr": f"*{x}", "out_ptr": f"*{TYPES[out][1]}", "eps": "fp32"}
         used = {"rms_norm": ("weight_ptr",), "add_rms_norm": ("residual_ptr", "weight_ptr", "total_ptr")}.get(source, ())
@@ -108,7 +106,7 @@ def rows() -> list[tuple[Any, ...]]:
                 types[name] = f"*{x}"
             else:
                 constants[name] = None
-        made.append((f"rows {source} {out} {permute} {values} {whole}", prepare_rows, types, constants, 90, warps, True))
+        made.append((f"rows {source} {out} {permute} {whole}", prepare_rows, types, constants, 90, warps, True))
     for arch in (89, 90, 100, 120):
         constants = {"ROWS": 4, "WORDS": 512}
         made.append(("widen", _widen_kernel, {"out_ptr": "*i32"}, constants, arch, 4, False))

@@ -67,18 +67,12 @@ def _quantize_fp8_kernel(x_ptr, q_ptr, scale_ptr, stride, K, ORDER: tl.constexpr
     tl.store(scale_ptr + row, scale)
 
 
-def _row_tile(m: int, k: int, kind: str) -> tuple[int, int, int]:
-    """Values that a thread has side by side, values of a row at a time, and warps, as measured on an H100."""
-    block = max(next_power_of_2(k), 1024)
-    if kind != "plain":
-        block = min(block, 16384)
-        return 8, block, 32 if m <= 128 and block == 16384 else block // 1024
-    if m <= 128:  # few rows: a thread takes 8 values, for the sake of latency
-        block = min(block, 16384)
-        return 8, block, min(block // 256, 16)
-    # Up to 8192 values a row stay in registers; longer rows go by pieces, so that several blocks share a processor.
-    block = min(block, 8192)
-    return 32, block, block // 1024
+def _row_tile(m: int, k: int) -> tuple[int, int]:
+    """Values of a row at a time, and warps, as measured on an H100: a thread takes 32 values, and the whole row is in registers
+    if it has up to 32768."""
+    block = min(max(next_power_of_2(k), 1024), 32768)
+    # Few rows leave room for more warps, of which those of short rows gain nothing.
+    return block, 32 if m <= 128 and block == 16384 else block // 1024
 
 
 def _prepare_rows(x: torch.Tensor, source: Source, out: torch.Tensor, scale: torch.Tensor | None, order: str) -> None:
@@ -86,13 +80,13 @@ def _prepare_rows(x: torch.Tensor, source: Source, out: torch.Tensor, scale: tor
     from .activation_hopper import prepare_rows
 
     m, k = out.shape
-    values, block, warps = _row_tile(m, k, source.kind)
+    block, warps = _row_tile(m, k)
     residual = source.residual
     launch(
         prepare_rows, (m,),
         x, residual, source.norm_weight, out, scale, source.total, x.stride(0),
         0 if residual is None else residual.stride(0), k, source.eps,
-        SOURCE=source.kind, PERMUTE=order == "fp8", BLOCK=block, WHOLE=k <= block, VALUES=values, WARPS=warps,
+        SOURCE=source.kind, PERMUTE=order == "fp8", BLOCK=block, WHOLE=k <= block, WARPS=warps,
         num_warps=warps, launch_pdl=True,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The input of a dense layer made ready on Hopper, one pass over a row: what comes before the layer (an RMSNorm, the sum
 before it, or silu(gate) * up), the rounding to 16 bits, and per-token e4m3 in the K order of the GEMMs; 16-byte accesses.
 
-A thread takes 32 values, 8 neighbours at each of the four t of hopper.py, which are 32 neighbours of the permuted row.
+A thread takes 8 neighbours at a time, which in the GEMM's order are twice 4.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ from .gluon_compat import let_next_kernel_start, prefetch, wait_for_previous_ker
 
 
 @gluon.constexpr_function
-def _row_layout(permuted, values, block, warps):
-    """A layout of [block] values, each thread with 8 (`values` = 8) or 32 values that lie beside each other in one order.
+def _row_layout(permuted, block, warps):
+    """A layout of [block] values: a thread has 8 of each 256 of its warp.
 
     `permuted`: of the positions in the GEMM's order (word half t q), else of those in x (t word half q).
     """
     q, half, word, t = ([1, 2], [16], [32, 64], [4, 8]) if permuted else ([1, 2], [4], [8, 16], [32, 64])
-    if values == 8:
-        registers, lanes, unit = q + half, [*t, *word, 128], 256
-    else:
-        registers, lanes, unit = q + half + t, [*word, 128, 256, 512], 1024
-    rest = (block // (unit * warps)).bit_length() - 1
+    rest = (block // (256 * warps)).bit_length() - 1
     return gl.DistributedLinearLayout(
-        [[i] for i in sorted(registers)] + [[unit * warps << i] for i in range(rest)],
-        [[i] for i in lanes],
-        [[unit << i] for i in range(warps.bit_length() - 1)],
+        [[i] for i in q + half] + [[256 * warps << i] for i in range(rest)],
+        [[i] for i in [*t, *word, 128]],
+        [[256 << i] for i in range(warps.bit_length() - 1)],
         [],
         [block],
     )
@@ -110,8 +106,7 @@ def _piece(x_row, residual_row, weight_ptr, at, K, rsqrt, SOURCE: gl.constexpr):
 @gluon.jit
 def prepare_rows(
     x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, total_ptr, stride, residual_stride, K, eps,
-    SOURCE: gl.constexpr, PERMUTE: gl.constexpr, BLOCK: gl.constexpr, WHOLE: gl.constexpr, VALUES: gl.constexpr,
-    WARPS: gl.constexpr,
+    SOURCE: gl.constexpr, PERMUTE: gl.constexpr, BLOCK: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Row program_id(0) of a layer's input (reference/source.py) to out [M, K], BLOCK values at a time; WHOLE: BLOCK >= K.
 
@@ -121,8 +116,8 @@ def prepare_rows(
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     QUANTIZE: gl.constexpr = out_ptr.dtype.element_ty == gl.float8e4nv
     NORM: gl.constexpr = SOURCE == "rms_norm" or SOURCE == "add_rms_norm"
-    IN: gl.constexpr = _row_layout(False, VALUES, BLOCK, WARPS)
-    OUT: gl.constexpr = _row_layout(PERMUTE, VALUES, BLOCK, WARPS)
+    IN: gl.constexpr = _row_layout(False, BLOCK, WARPS)
+    OUT: gl.constexpr = _row_layout(PERMUTE, BLOCK, WARPS)
     let_next_kernel_start()
     if NORM:
         line = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0])) * 64
