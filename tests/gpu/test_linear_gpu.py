@@ -12,6 +12,7 @@ from nvfp4_kernels.formats import SfLayout
 from nvfp4_kernels.reference.linear import INVERSE_BASE, quantize_fp8_per_token, weight_operand
 from nvfp4_kernels.reference.quantize import dequantize, quantize
 from nvfp4_kernels.triton import linear as gpu
+from nvfp4_kernels.triton import workspace
 from nvfp4_kernels.triton.activation import permute, quantize_fp8
 from nvfp4_kernels.triton.widen import widen_fp8
 from nvfp4_kernels.weight import Nvfp4Weight, fp8_fold
@@ -115,6 +116,8 @@ def hopper_plans() -> list[tuple[str, int, str, dict[str, int]]]:
             for bm in (128, 256):
                 tile = {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split}
                 plans.append((mode, 2 * bm + 1, "large", tile))
+            tile = {"bm": 128, "weight_stages": 3, "x_stages": 6 if mode == "fp8_per_token" else 8, "group": 8, "split": split}
+            plans.append((mode, 257, "medium", tile))
     for warps_k, warps_n, m in ((1, 1, 7), (4, 2, 8), (8, 1, 1), (2, 4, 3)):
         plans.append(("none", m, "few", {"warps_k": warps_k, "warps_n": warps_n}))
     return [*plans, ("fp8_per_token", 70, "widen", {})]
@@ -133,6 +136,50 @@ def test_every_hopper_gemm(mode: str, m: int, kernel: str, parameters: dict[str,
         outs.append(gpu.run(plan, x.cuda(), g.data, g.scales, g.row_scale(), out, mode, g.fp8_fold, None, bias.cuda()))
     check(outs[0], exact(x, w, mode, bias), mode, k)
     assert torch.equal(outs[0], outs[1])  # split-K adds up in a fixed order
+
+
+# (kernel, M, N, K, BM, shares): tiles of the last wave alone share their K, in unequal parts where it does not divide.
+TAILS = [
+    ("large", 90, 17050, 1792, 128, 2),
+    ("large", 257, 9000, 768, 128, 3),
+    ("large", 300, 8520, 1280, 256, 2),
+    ("large", 300, 8520, 1280, 256, 4),
+    ("large", 513, 400, 2304, 256, 5),
+    ("large", 200, 200, 256, 256, 3),
+    ("medium", 90, 17050, 1792, 128, 2),
+    ("medium", 257, 9000, 768, 128, 3),
+    ("medium", 300, 5640, 2304, 128, 4),
+    ("medium", 513, 400, 2304, 128, 5),
+    ("medium", 30, 65, 256, 128, 1),
+]
+
+
+@pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
+@pytest.mark.parametrize(("kernel", "m", "n", "k", "bm", "split"), TAILS)
+def test_shared_tail(mode: str, kernel: str, m: int, n: int, k: int, bm: int, split: int) -> None:
+    assert arch() == 90, "these GEMMs are Hopper's"
+    x, w, bias = torch.randn(m, k).bfloat16(), weight(n, k, per_row=True), torch.randn(n).bfloat16()
+    g, x_gpu, bias_gpu = on_gpu(w), x.cuda(), bias.cuda()
+    out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+    x_stages = 4 if kernel == "large" else 6 if mode == "fp8_per_token" else 8
+    plan = gpu.Plan(kernel, {"bm": bm, "weight_stages": 3, "x_stages": x_stages, "group": 8, "split": split})
+
+    def run() -> torch.Tensor:
+        out.fill_(float("nan"))
+        return gpu.run(plan, x_gpu, g.data, g.scales, g.row_scale(), out, mode, g.fp8_fold, None, bias_gpu).clone()
+
+    first = run()
+    check(first, exact(x, w, mode, bias), mode, k)
+    for _ in range(5):
+        assert torch.equal(run(), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(captured, first)
+    for counters in (*workspace._eager.values(), *(pool for pools in workspace._pools.values() for pool in pools)):
+        assert not counters.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

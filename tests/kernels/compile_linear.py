@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -17,6 +20,7 @@ from nvfp4_kernels.triton.gemm_decode import gemm_decode
 from nvfp4_kernels.triton.gemm_dot_scaled import gemm_dot_scaled
 from nvfp4_kernels.triton.gemm_few import gemm_few
 from nvfp4_kernels.triton.gemm_large import gemm_large
+from nvfp4_kernels.triton.gemm_medium import gemm_medium
 from nvfp4_kernels.triton.gemm_portable import gemm_portable
 from nvfp4_kernels.triton.widen import _widen_kernel
 
@@ -66,22 +70,42 @@ def wgmma_operands(x: str, bn: int, bm: int, columns: int) -> dict[str, str]:
     }
 
 
+def assembled(ptx: str) -> str:
+    """What ptxas says of code for Hopper: registers, spills, wgmma that it had to serialize."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
 def rows() -> list[tuple[Any, ...]]:
     """(name, kernel, types, constants, arch, warps, gluon) of every variant."""
     made: list[tuple[Any, ...]] = []
     for x in ("fp8", "bf16", "fp16"):
-        for bm, reduce in ((256, False), (128, True)):
+        for bm, reduce in ((256, False), (256, True), (128, True)):
             types = wgmma_operands(x, 128, bm, 128 if x == "fp8" else 64)
             constants = {
                 "BM": bm, "WEIGHT_STAGES": 3, "X_STAGES": 4, "GROUP": 8,
-                "TOKEN": x == "fp8", "BIAS": False, "REDUCE": reduce, "BULK_STORE": not reduce,
+                "TOKEN": x == "fp8", "BIAS": False, "REDUCE": reduce, "BULK_STORE": bm == 256,
             }  # fmt: skip
             out, name = TYPES["fp16" if x == "fp16" else "bf16"]
-            if reduce:
+            if bm != 256:
                 constants["out_desc"] = None
             else:
                 types["out_desc"] = descriptor(out, name, [bm // 2, 128], 128)
-            made.append((f"large {x} {bm}", gemm_large, types, constants, 90, 8, True))
+            made.append((f"large {x} {bm} {reduce}", gemm_large, types, constants, 90, 8, True))
+    for x in ("fp8", "bf16", "fp16"):
+        for reduce in (False, True):
+            types = wgmma_operands(x, 128, 128, 128 if x == "fp8" else 64)
+            out, name = TYPES["fp16" if x == "fp16" else "bf16"]
+            types["out_desc"] = descriptor(out, name, [64, 64], 128)
+            constants = {
+                "BM": 128, "WEIGHT_STAGES": 3, "X_STAGES": 6 if x == "fp8" else 8, "GROUP": 8,
+                "TOKEN": x == "fp8", "BIAS": False, "REDUCE": reduce, "BULK_STORE": True,
+            }  # fmt: skip
+            made.append((f"medium {x} {reduce}", gemm_medium, types, constants, 90, 4, True))
     for x in ("fp8", "bf16"):
         for bm, warps in ((8, 4), (64, 8)):
             constants = {"BM": bm, "WARPS": warps, "STAGES": 3, "TOKEN": True, "BIAS": True, "REDUCE": True}
@@ -129,5 +153,6 @@ if __name__ == "__main__":
     compiled = []
     for name, kernel, types, constants, arch, warps, gluon in rows():
         one = build(kernel, types, constants, arch, warps, gluon)
-        compiled.append({"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared})
+        log = assembled(one.asm["ptx"]) if name.startswith(("large", "medium")) else ""
+        compiled.append({"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared, "log": log})
     json.dump(compiled, sys.stdout)

@@ -30,14 +30,33 @@ def count(variant: dict[str, Any], pattern: str) -> int:
 
 
 @pytest.mark.parametrize("x", ["fp8", "bf16", "fp16"])
-@pytest.mark.parametrize(("bm", "reduce"), [(256, False), (128, True)])
-def test_large(compiled: Variants, x: str, bm: int, reduce: bool) -> None:
-    variant = compiled[f"large {x} {bm}", 90]
+@pytest.mark.parametrize(("tokens", "reduce"), [(256, False), (256, True), (128, True)])
+def test_large(compiled: Variants, x: str, tokens: int, reduce: bool) -> None:
+    variant = compiled[f"large {x} {tokens} {reduce}", 90]
     k, steps = (32, 8) if x == "fp8" else (16, 16)  # wgmma of a weight stage of 256 values of K
-    assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n{bm}k{k}\.") == steps
+    assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n{tokens}k{k}\.") == steps
     assert count(variant, r"cp\.async\.bulk\.tensor\.2d\.shared") >= 4
-    assert ("stmatrix" in variant["ptx"]) == (not reduce)
+    assert ("stmatrix" in variant["ptx"]) == (tokens == 256)
     assert variant["shared"] <= 227 * 1024
+    assert_pipelined(variant)
+
+
+@pytest.mark.parametrize("x", ["fp8", "bf16", "fp16"])
+@pytest.mark.parametrize("reduce", [False, True])
+def test_medium(compiled: Variants, x: str, reduce: bool) -> None:
+    variant = compiled[f"medium {x} {reduce}", 90]
+    k, steps = (32, 8) if x == "fp8" else (16, 16)
+    assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n128k{k}\.") == 2 * steps  # in either group of warps
+    assert variant["shared"] <= 227 * 1024
+    assert_pipelined(variant)
+
+
+def assert_pipelined(variant: dict[str, Any]) -> None:
+    """ptxas neither serialized the products (C7510 to C7513) nor ran out of registers within them."""
+    assert "C75" not in variant["log"], variant["log"]
+    spilled = re.search(r"(\d+) bytes spill stores", variant["log"])
+    assert spilled is not None
+    assert int(spilled[1]) <= 64, variant["log"]  # a few words around the epilogue
 
 
 @pytest.mark.parametrize("x", ["fp8", "bf16"])

@@ -68,12 +68,29 @@ def test_decode(order: str) -> None:
     assert torch.equal(activation.decode(codes, sf, torch.float16, order).float(), want)
 
 
+def test_quantize_nvfp4() -> None:
+    x, decode_scale = torch.randn(5, 256).bfloat16(), torch.tensor([0.00217])
+    got = gpu.quantize_nvfp4(x, "nvfp4_per_tensor", decode_scale)
+    want = quantize(x, 1 / decode_scale, layout=SfLayout.layout_linear)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[2], decode_scale)
+    base = torch.tensor([reference.INVERSE_BASE])
+    for g, w in zip(
+        gpu.quantize_nvfp4(x, "nvfp4_per_token", None),
+        quantize(x, base, layout=SfLayout.layout_linear, per_token=True),
+        strict=True,
+    ):
+        assert torch.equal(g, w)
+
+
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """Makes `plan` see a device of a given name and architecture; the user's own tables stay out."""
 
     def pretend(name: str, arch: int, processors: int = 132) -> torch.device:
-        monkeypatch.setattr(gpu, "_device", lambda index: (name, arch, processors))
+        monkeypatch.setattr(gpu, "cuda_device", lambda index: (name, arch, processors))
+        gpu.plan.cache_clear()
         return torch.device("cuda", 0)
 
     monkeypatch.setenv("NVFP4_CACHE", str(tmp_path))
@@ -96,6 +113,20 @@ def test_plan_reads_the_table(on_device) -> None:
     assert H100 in gpu.plan(on_device("NVIDIA H200", 90), "none", 64, 6144, 4096).reason
 
 
+def test_entries_of_another_version_are_not_used(on_device, tmp_path, caplog) -> None:
+    device = on_device(H100, 90)
+    old = {"4": {"kernel": "few", "bm": 8, "warps": 4}, "32": {"kernel": "gone"}}
+    good = {"32": {"kernel": "decode", "bm": 64, "warps": 4, "stages": 3, "resident": 3, "split": 1}}
+    path = gpu.user_table_path(H100)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"linear": {"fp8_per_token": {"8192x512": old, "4096x512": good}, "auto": {"8192x512": 3}}}))
+    with caplog.at_level("WARNING"):
+        assert not gpu.plan(device, "fp8_per_token", 32, 8192, 512).reason.startswith("measured")
+        measured = gpu.plan(device, "fp8_per_token", 32, 4096, 512)
+    assert {"kernel": measured.kernel, **measured.parameters} == good["32"]
+    assert [str(path) in message and "8192x512" in message for message in caplog.messages] == [True]
+
+
 def test_every_shipped_entry_runs_somewhere() -> None:
     for path in gpu.shipped_table_path(H100).parent.glob("*.json"):
         table = json.loads(path.read_text())["linear"]
@@ -106,8 +137,9 @@ def test_every_shipped_entry_runs_somewhere() -> None:
                 # "auto" is known where few rows were measured.
                 assert (shape in table["auto"]) == (min(map(int, entries)) == 1)
                 for m, entry in entries.items():
-                    assert entry["kernel"] in ("few", "decode", "large", "widen")
-                    assert (k // 256) % entry.get("split", 1) == 0
+                    assert entry["kernel"] in ("few", "decode", "medium", "large", "widen")
+                    assert entry["kernel"] != "decode" or (k // 256) % entry["split"] == 0
+                    assert k // 256 >= entry.get("split", 1)
                     assert entry["kernel"] != "few" or int(m) <= 8
                     assert entry["kernel"] != "decode" or int(m) <= max(entry["bm"], 256 * (entry["bm"] == 64))
 
@@ -119,7 +151,8 @@ def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) 
     for dtype in (torch.bfloat16, torch.float16):
         plan = gpu.plan(on_device("another Hopper", 90), mode, m, n, k, dtype)
         assert plan.reason
-        assert (k // 256) % plan.parameters.get("split", 1) == 0
+        assert plan.kernel != "decode" or (k // 256) % plan.parameters["split"] == 0
+        assert k // 256 >= plan.parameters.get("split", 1)
         assert plan.kernel != "few" or (m <= 8 and mode != "fp8_per_token")
         assert plan.kernel != "decode" or (m <= 128 and min(m, 64) <= plan.parameters["bm"] <= 64)
         assert plan.kernel != "widen" or (mode == "fp8_per_token" and dtype == torch.bfloat16 and n % 16 == 0)

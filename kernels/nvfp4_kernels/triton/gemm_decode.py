@@ -38,10 +38,10 @@ def _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n0, k, slot, pred
     tma_load(s_desc, [n0, k * 8], bar, scales.index(slot), pred=pred)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "stages", "split", "row_stride"])
+@gluon.jit(do_not_specialize=["M", "N", "stages", "split", "row_stride", "token_stride"])
 def gemm_decode(
     w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
-    N, M, stages, split, row_stride,
+    N, M, stages, split, row_stride, token_stride,
     BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
     TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def gemm_decode(
             n = tile // m_tiles * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
             m = tile % m_tiles * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
             result = scaled(
-                acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+                acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
                 out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
             )  # fmt: skip
             store_direct(result, out_ptr, n, m, N, M)

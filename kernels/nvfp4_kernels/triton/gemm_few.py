@@ -46,10 +46,10 @@ def _decode(words, scales, KW: gl.constexpr, BN: gl.constexpr, OPERAND: gl.const
     return gl.convert_layout(gl.reshape(a, [KW, BN, 256]), OPERAND, assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "stages", "row_stride"])
+@gluon.jit(do_not_specialize=["M", "N", "stages", "row_stride", "token_stride"])
 def gemm_few(
     w_ptr, s_ptr, x_ptr, out_ptr, row_ptr, token_ptr, bias_ptr, N, M, stages, w_stride, s_stride, x_stride, row_stride,
-    KW: gl.constexpr, NW: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
+    token_stride, KW: gl.constexpr, NW: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T for M <= 8, K in its own order; see linear.py for the arguments.
 
@@ -109,5 +109,7 @@ def gemm_few(
     n = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, TOTAL))
     m = gl.arange(0, BM, gl.SliceLayout(0, TOTAL))
     total = gl.sum(acc, axis=0)
-    result = scaled(total, n, m, N, M, row_ptr, row_ptr, token_ptr, bias_ptr, row_stride, DTYPE, False, TOKEN, BIAS)
+    result = scaled(
+        total, n, m, N, M, row_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride, DTYPE, False, TOKEN, BIAS
+    )
     store_direct(result, out_ptr, n, m, N, M)

@@ -23,12 +23,13 @@ from .hopper import (
     decode_fp8,
     fold_pairs,
     halves,
+    join_parts,
     scale_pairs,
     scaled,
+    share_of,
     store_bulk,
     store_direct,
-    sum_parts,
-    tile_of,
+    store_sum,
 )
 
 
@@ -47,19 +48,20 @@ def _load_x(x_desc, x_ring, bars, m0, k, stage, XK: gl.constexpr, pred):
     tma_load(x_desc, [m0, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "stages", "split", "row_stride"])
+@gluon.jit(do_not_specialize=["M", "N", "stages", "whole", "split", "row_stride", "token_stride"])
 def gemm_large(
     w_desc, s_desc, x_desc, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
-    N, M, stages, split, row_stride,
+    N, M, stages, whole, split, row_stride, token_stride,
     BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr, BULK_STORE: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T, see linear.py for the arguments.
 
     w_desc int32 [N, K/8] in boxes [128, 16], s_desc int16 [N, K/32] in boxes [128, 8], x_desc [M, K] in the permuted order of
-    hopper.py in boxes [BM, 128 bytes]. A unit of work is a tile's share of K, stages = K / 256 / split steps; with REDUCE
-    (split > 1) the last block of a tile adds up the fp32 partials of all, in a fixed order, and leaves the tile's counter
-    at 0 again: partial fp32 [tiles * split * 128 * BM], count int32 [tiles], zeros.
+    hopper.py in boxes [BM, 128 bytes]; stages = K / 256. The first `whole` tiles are a unit of work each. With REDUCE the K of
+    each tile behind them is shared by `split` units, which differ by one stage at most: the last block of a tile adds up the
+    fp32 partials of all, in a fixed order, and leaves the tile's counter at 0 again: partial fp32 [(tiles - whole) * split *
+    128 * BM], count int32 [tiles - whole], zeros.
     """
     BN: gl.constexpr = 128
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
@@ -91,27 +93,24 @@ def gemm_large(
 
     n_tiles = gl.cdiv(N, BN)
     m_tiles = gl.cdiv(M, BM)
-    units = n_tiles * m_tiles * split
+    units = n_tiles * m_tiles
+    if REDUCE:
+        units = whole + (units - whole) * split
     stride = gl.num_programs(0)
-    x_stages = stages * PER_WEIGHT_STAGE
     # The loads run ahead of the products, across units: cursors of the weight stage and of the x stage to load next.
     # Divisions happen between units alone.
     w_unit = gl.program_id(0)
     x_unit = w_unit
-    w_tile, x_tile = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
-    w_k = w_unit % split * stages
-    x_k = w_unit % split * x_stages
-    w_left = stages
-    x_left = x_stages
+    w_tile, x_tile, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+    x_k = w_k * PER_WEIGHT_STAGE
+    x_left = w_left * PER_WEIGHT_STAGE
     for i in gl.static_range(WEIGHT_STAGES - 1):
         _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_tile * BN, w_k, i, w_unit < units)
         w_k += 1
         w_left -= 1
         if w_left == 0:
             w_unit += stride
-            w_tile, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
-            w_k = w_unit % split * stages
-            w_left = stages
+            w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
     # The first weights are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
     for i in gl.static_range(X_STAGES - 1):
@@ -120,9 +119,9 @@ def gemm_large(
         x_left -= 1
         if x_left == 0:
             x_unit += stride
-            _, x_tile = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
-            x_k = x_unit % split * x_stages
-            x_left = x_stages
+            _, x_tile, x_k, x_left = share_of(x_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+            x_k *= PER_WEIGHT_STAGE
+            x_left *= PER_WEIGHT_STAGE
 
     w_slot = 0
     w_phase = 0
@@ -131,12 +130,11 @@ def gemm_large(
     x_phase = 0
     x_free = X_STAGES - 1
     for unit in range(gl.program_id(0), units, stride):
-        tile = unit // split
-        n_tile, m_tile = tile_of(tile, n_tiles, m_tiles, GROUP)
+        n_tile, m_tile, _, count = share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
         if FP8:
             fold = fold_pairs(fold_ptr, n_tile * BN, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        for _stage in range(stages):
+        for _stage in range(count):
             mbarrier.wait(w_bars.index(w_slot), w_phase)
             for chunk in gl.static_range(2):
                 w = words.index(w_slot * 2 + chunk).load(WORDS)
@@ -164,9 +162,9 @@ def gemm_large(
                     x_left -= 1
                     if x_left == 0:
                         x_unit += stride
-                        _, x_tile = tile_of(x_unit // split, n_tiles, m_tiles, GROUP)
-                        x_k = x_unit % split * x_stages
-                        x_left = x_stages
+                        _, x_tile, x_k, x_left = share_of(x_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+                        x_k *= PER_WEIGHT_STAGE
+                        x_left *= PER_WEIGHT_STAGE
             _load_weights(w_desc, s_desc, words, scales, w_bars.index(w_free), w_tile * BN, w_k, w_free, w_unit < units)
             w_free = w_slot
             w_slot += 1
@@ -177,24 +175,32 @@ def gemm_large(
             w_left -= 1
             if w_left == 0:
                 w_unit += stride
-                w_tile, _ = tile_of(w_unit // split, n_tiles, m_tiles, GROUP)
-                w_k = w_unit % split * stages
-                w_left = stages
+                w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
         acc = warpgroup_mma_wait(0, deps=[token])
 
-        last = True
+        n = n_tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+        m = m_tile * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
+        whole_tile = True
         if REDUCE:
-            last, acc = sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN, BM, 8)
-        if last:
-            n = n_tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
-            m = m_tile * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
+            whole_tile = unit < whole
+        if whole_tile:
             result = scaled(
-                acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+                acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
                 out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
             )  # fmt: skip
             if BULK_STORE:
                 store_bulk(result, out_desc, staging, n_tile * BN, m_tile * BM, BN, BM)
             else:
                 store_direct(result, out_ptr, n, m, N, M)
+        if REDUCE:  # noqa: SIM102
+            if not whole_tile:
+                rest = unit - whole
+                tile = rest // split
+                if join_parts(acc, partial_ptr, count_ptr, tile, rest, split, BN, BM, 8):
+                    store_sum(
+                        partial_ptr, tile, split, n_tile * BN, m_tile * BM, out_desc, staging, out_ptr,
+                        N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+                        BN, BM, 8, FP8, TOKEN, BIAS, BULK_STORE,
+                    )  # fmt: skip
     if BULK_STORE:
         tma_store_wait(0)

@@ -15,13 +15,13 @@ from .launch import cdiv, next_power_of_2
 from .numerics import e2m1_decode, e4m3_decode
 
 
-@triton.jit(do_not_specialize=["M", "N", "row_stride"])
+@triton.jit(do_not_specialize=["M", "N", "row_stride", "token_stride"])
 def gemm_portable(
     x_ptr, data_ptr, scales_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, out_ptr,
-    M, N, K, x_stride, row_stride,
+    M, N, K, x_stride, row_stride, token_stride,
     FP8: tl.constexpr, TOKEN: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = x [M, K] @ (e2m1 * SF)^T, times token [M] and row scales, plus bias [N]. fold [N] with FP8."""
+    """out [M, N] = x [M, K] @ (e2m1 * SF)^T, times token and row scales, plus bias [N]. fold [N] with FP8."""
     m_tiles = tl.cdiv(M, BM)
     pid = tl.program_id(0)
     m = pid % m_tiles * BM + tl.arange(0, BM)
@@ -62,10 +62,15 @@ def gemm_portable(
         row *= fold
     result = acc * row[None, :]
     if TOKEN:
-        result *= tl.load(token_ptr + m, mask=m < M, other=0.0)[:, None]
+        result *= tl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)[:, None]
     if BIAS:
         result += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + m.to(tl.int64)[:, None] * N + n[None, :], result.to(dtype), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def scale_stride(scale: torch.Tensor | None) -> int:
+    """How far apart the scales of neighbouring rows lie: one scale may serve all."""
+    return 0 if scale is None or scale.numel() == 1 else 1
 
 
 def run(
@@ -86,7 +91,7 @@ def run(
     bn, bk = (128, 64) if bm >= 64 else (64, 128)
     gemm_portable[(cdiv(m, bm) * cdiv(n, bn),)](
         x, data, scales.view(torch.uint8), fp8_fold, row_scale, token_scale, bias, out,
-        m, n, k, x.stride(0), 1 if row_scale.numel() > 1 else 0,
+        m, n, k, x.stride(0), scale_stride(row_scale), scale_stride(token_scale),
         FP8=fp8_fold is not None, TOKEN=token_scale is not None, BIAS=bias is not None,
         BM=bm, BN=bn, BK=bk, num_warps=8 if bm >= 64 else 4, num_stages=3,
     )  # fmt: skip

@@ -127,17 +127,33 @@ def _by_word(first, second, BN: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def decode_fp8(words, scales, fold, BN: gl.constexpr, OPERAND: gl.constexpr):
-    """int32 words [BN, 16], int16 scale pairs [BN, 4], f16 pairs of 2^-fold [BN, 4] to e4m3 [BN, 128] in operand layout."""
-    a0, a1, b0, b1 = gl.inline_asm_elementwise(
+def scale_tables(scales, fold):
+    """int16 scale pairs and f16 pairs of 2^-fold, [BN, 4], to the halves of the tables of words 0, 1 and of words 2, 3."""
+    return gl.inline_asm_elementwise(
         _TABLES, "=r,=r,=r,=r,r,r", [scales.to(gl.int32) & 0xFFFF, fold], dtype=[gl.int32] * 4, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def decode_fp8(words, scales, fold, BN: gl.constexpr, OPERAND: gl.constexpr):
+    """int32 words [BN, 16], int16 scale pairs [BN, 4], f16 pairs of 2^-fold [BN, 4] to e4m3 [BN, 128] in operand layout."""
+    a0, a1, b0, b1 = scale_tables(scales, fold)
     LAYOUT: gl.constexpr = words.type.layout
     low = _eight(_by_word(a0, b0, BN, LAYOUT))
     high = _eight(_by_word(a1, b1, BN, LAYOUT))
     codes = gl.inline_asm_elementwise(_PICK, _PICK_CONSTRAINTS, [_eight(words), low, high], dtype=gl.int8, is_pure=True, pack=8)
     codes = gl.permute(gl.reshape(codes, [BN, 4, 4, 2, 4]), [0, 2, 3, 1, 4])  # t word half q -> word half t q
     return gl.convert_layout(gl.reshape(codes, [BN, 128]).to(gl.float8e4nv, bitcast=True), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def decode_word_fp8(word, low, high, BN: gl.constexpr, OPERAND: gl.constexpr):
+    """One word of every thread, int32 [BN, 4], and the halves of its table to e4m3 [BN, 32] in operand layout."""
+    codes = gl.inline_asm_elementwise(
+        _PICK, _PICK_CONSTRAINTS, [_eight(word), _eight(low), _eight(high)], dtype=gl.int8, is_pure=True, pack=8
+    )
+    codes = gl.permute(gl.reshape(codes, [BN, 4, 2, 4]), [0, 2, 1, 3])  # t half q -> half t q
+    return gl.convert_layout(gl.reshape(codes, [BN, 32]).to(gl.float8e4nv, bitcast=True), OPERAND, assert_trivial=True)
 
 
 @gluon.jit
@@ -203,8 +219,25 @@ def tile_of(tile, n_tiles, m_tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP: gl.constexpr, REDUCE: gl.constexpr):
+    """(n, m, first stage, stages) of a unit of work: one of the first `whole` tiles; then `split` units share a tile's K."""
+    if REDUCE:
+        rest = gl.maximum(unit - whole, 0)
+        shares = split if unit >= whole else 1
+        share = rest % split
+        n, m = tile_of(gl.minimum(unit, whole) + rest // split, n_tiles, m_tiles, GROUP)
+        first = share * stages // shares
+        count = (share + 1) * stages // shares - first
+    else:
+        n, m = tile_of(unit, n_tiles, m_tiles, GROUP)
+        first = 0
+        count = stages
+    return n, m, first, count
+
+
+@gluon.jit
 def scaled(
-    acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+    acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
     DTYPE: gl.constexpr, FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """The epilogue's arithmetic on fp32 products [n, m]: row scale, token scale, bias; rounded once to DTYPE."""
@@ -217,7 +250,7 @@ def scaled(
         row *= 256.0
     result = acc * row[:, None]
     if TOKEN:
-        result *= gl.load(token_ptr + m, mask=m < M, other=0.0)[None, :]
+        result *= gl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)[None, :]
     if BIAS:
         result += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
     return result.to(DTYPE)
@@ -230,17 +263,22 @@ def store_direct(result, out_ptr, n, m, N, M):
 
 
 @gluon.jit
+def store_bulk_half(values, out_desc, staging, n0, m0, BN: gl.constexpr, HALF: gl.constexpr):
+    """Values [BN, HALF] to rows m0.., columns n0.. of out [M, N], transposed through shared memory."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, HALF, 16])
+    tma_store_wait(0)
+    staging.permute((1, 0)).store(gl.convert_layout(values, LAYOUT))
+    fence_async_shared()
+    tma_store(out_desc, [m0, n0], staging)
+
+
+@gluon.jit
 def store_bulk(result, out_desc, staging, n0, m0, BN: gl.constexpr, BM: gl.constexpr):
-    """Values [BN, BM] to rows m0.., columns n0.. of out [M, N], transposed through shared memory in two halves of BM."""
+    """Values [BN, BM] to rows m0.., columns n0.. of out [M, N], in two halves of BM."""
     HALF: gl.constexpr = BM // 2
     first, second = gl.split(gl.permute(gl.reshape(result, [BN, 2, HALF]), [0, 2, 1]))
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, HALF, 16])
-    for half in gl.static_range(2):
-        tma_store_wait(0)
-        values = first if half == 0 else second
-        staging.permute((1, 0)).store(gl.convert_layout(values, LAYOUT))
-        fence_async_shared()
-        tma_store(out_desc, [m0 + half * HALF, n0], staging)
+    store_bulk_half(first, out_desc, staging, n0, m0, BN, HALF)
+    store_bulk_half(second, out_desc, staging, n0, m0 + HALF, BN, HALF)
 
 
 @gluon.constexpr_function
@@ -253,6 +291,30 @@ def _part_layout(bm, warps):
         [],
         [16 * warps * bm],
     )
+
+
+@gluon.jit
+def _store_part(acc, partial_ptr, unit, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
+    FLAT: gl.constexpr = _part_layout(BM, WARPS)
+    flat = gl.permute(gl.reshape(acc, [WARPS, 2, 8, BM // 8, 4, 2]), [3, 0, 2, 4, 1, 5])
+    flat = gl.convert_layout(gl.reshape(flat, [BN * BM]), FLAT, assert_trivial=True)
+    gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + gl.arange(0, BN * BM, FLAT), flat)
+
+
+@gluon.jit
+def _as_products(flat, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    values = gl.permute(gl.reshape(flat, [BM // 8, WARPS, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+    return gl.convert_layout(gl.reshape(values, [BN, BM]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _is_last(count_ptr, tile, split):
+    """Whether all other parts of the tile are stored; its counter is 0 again if so."""
+    thread_barrier()
+    last = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1
+    if last:
+        gl.store(count_ptr + tile, 0)
+    return last
 
 
 @gluon.jit
@@ -278,3 +340,52 @@ def sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, 
             flat += gl.load(first_ptr + part * (BN * BM) + offsets)
     total = gl.permute(gl.reshape(flat, [BM // 8, WARPS, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
     return last, gl.convert_layout(gl.reshape(total, [BN, BM]), ACC, assert_trivial=True)
+
+
+@gluon.jit
+def join_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
+    """The first half of `sum_parts`, for tiles too large to hold beside what is added to them: whether to add up all parts."""
+    _store_part(acc, partial_ptr, unit, BN, BM, WARPS)
+    return _is_last(count_ptr, tile, split)
+
+
+@gluon.jit
+def sum_half(
+    partial_ptr, tile, split, half: gl.constexpr, K: gl.constexpr,
+    BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The sum of all parts of a tile, in their order, in one half of its tokens: [BN, BM / 2]."""
+    HALF: gl.constexpr = BM // 2
+    offsets = half * BN * HALF + gl.arange(0, BN * HALF, _part_layout(HALF, WARPS))
+    part_ptr = partial_ptr + (tile * split).to(gl.int64) * (BN * BM) + offsets
+    flat = gl.load(part_ptr)
+    for _pair in range((split - 1) // 2):  # two at a time: what counts is how much is on its way
+        one = gl.load(part_ptr + BN * BM)
+        two = gl.load(part_ptr + 2 * BN * BM)
+        flat = (flat + one) + two
+        part_ptr += 2 * BN * BM
+    if split % 2 == 0:
+        flat += gl.load(part_ptr + BN * BM)
+    return _as_products(flat, BN, HALF, WARPS, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, K]))
+
+
+@gluon.jit
+def store_sum(
+    partial_ptr, tile, split, n0, m0, out_desc, staging, out_ptr,
+    N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+    BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr,
+    FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr, BULK_STORE: gl.constexpr,
+):  # fmt: skip
+    """After `join_parts`: the epilogue of a tile over the sum of its parts, half of its tokens at a time."""
+    for half in gl.static_range(2):
+        total = sum_half(partial_ptr, tile, split, half, 32 if FP8 else 16, BN, BM, WARPS)
+        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, total.type.layout))
+        m = m0 + half * (BM // 2) + gl.arange(0, BM // 2, gl.SliceLayout(0, total.type.layout))
+        result = scaled(
+            total, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+            out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
+        )  # fmt: skip
+        if BULK_STORE:
+            store_bulk_half(result, out_desc, staging, n0, m0 + half * (BM // 2), BN, BM // 2)
+        else:
+            store_direct(result, out_ptr, n, m, N, M)

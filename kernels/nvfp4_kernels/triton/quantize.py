@@ -135,7 +135,7 @@ def quantize_kernel(
     x, a_global_sf, index, named, x_q, sf, token_scale, m, out_rows, pad_start, blocks, padded_blocks, x_stride, g_stride,
     LAYOUT: tl.constexpr, PER_TOKEN: tl.constexpr, SHUFFLE: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
     TOP_K: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
-    CHUNKS: tl.constexpr, SHARED: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr,
+    CHUNKS: tl.constexpr, SHARED: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr, DECODE: tl.constexpr = False,
 ):  # fmt: skip
     """x [m, K] (or [m, 2K] with SILU) to x_q [out_rows, K/2], its scales in sf and token_scale [out_rows].
 
@@ -145,7 +145,7 @@ def quantize_kernel(
     "all"; "named": those whose flag in `named` is set, zeros for the others; "listed": the m entries of `index`, other rows
     stay as they are; "scattered": the codes of row i go to rows index[i, :TOP_K], each of which gets i in `named`; scales stay
     in the order of x, [m, padded_blocks] and [m], for `place_kernel`. An entry outside [0, out_rows) is skipped. Programs from
-    pad_start on zero padding scales.
+    pad_start on zero padding scales. DECODE: a_global_sf holds decode scales.
     """
     if PDL:
         gdc_wait()
@@ -181,7 +181,9 @@ def quantize_kernel(
     if PER_TOKEN:
         base = token_base(tl.load(a_global_sf), FAST, ARCH)
     else:
-        g = tl.load(a_global_sf + row * g_stride, mask=live, other=0.0)
+        g = tl.load(a_global_sf + row * g_stride, mask=live, other=1.0 if DECODE else 0.0)
+        if DECODE:
+            g = reciprocal(g, False, ARCH)
 
     # A row that fits is held as it was loaded (words), not as the fp32 values that it unpacks to.
     words = ()  # type: tuple
@@ -409,6 +411,7 @@ def _launch(
     silu: bool = False,
     fast: bool = False,
     pdl: bool = True,
+    decode_scale: bool = False,
 ) -> None:
     x_q, sf, token_scale = out
     blocks = k // GROUP_SIZE
@@ -460,6 +463,7 @@ def _launch(
         SHARED=config.shared,
         PAD_WORDS=_PAD_WORDS,
         ARCH=arch,
+        DECODE=decode_scale,
         num_warps=config.warps,
         enable_fp_fusion=False,
         launch_pdl=pdl,
@@ -500,12 +504,14 @@ def quantize(
     row_index: torch.Tensor | None = None,
     fast: bool = False,
     pdl: bool = False,
+    decode_scale: bool = False,
     out: Quantized | None = None,
 ) -> Quantized:
     """Quantize [M, K] to (x_q uint8 [M, K/2], sf uint8 in `layout`, per_token_scale fp32 [M], empty unless `per_token`).
 
     As `reference.quantize.quantize`; entries of `row_index` at M or above are skipped, and `out` holds contiguous tensors.
-    With `row_index` and `out`, only the rows that it names are written, padding bytes neither.
+    With `row_index` and `out`, only the rows that it names are written, padding bytes neither. decode_scale: a_global_sf is
+    the reciprocal of what it is otherwise.
     """
     return _quantize(
         a,
@@ -518,6 +524,7 @@ def quantize(
         shuffle=shuffle,
         fast=fast,
         pdl=pdl,
+        decode_scale=decode_scale,
     )
 
 

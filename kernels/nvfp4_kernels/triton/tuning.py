@@ -29,7 +29,7 @@ _DECODE_TILES = {
 
 
 def _splits(stages: int, tiles: int, blocks: int) -> list[int]:
-    """Splits of K worth a try: the two largest that leave every block at most one unit of work, and the next."""
+    """Even splits of K worth a try: the two largest that leave every block at most one unit of work, and the next."""
     if tiles >= blocks:
         return [1]
     divisors = [d for d in range(1, min(stages // 2, 16) + 1) if stages % d == 0] or [1]
@@ -62,13 +62,7 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
     if m <= (256 if fp8 else 64) and (fp8 or m >= 4):
         plans += _decode_plans(mode, m, n, k, processors)
     if m >= 128 or (m == 64 and not fp8):
-        for bm in (128, 256):
-            if (bm == 256 and m <= 128) or (bm == 128 and m > 1024):
-                continue
-            tiles = cdiv(n, 128) * cdiv(m, bm)
-            for split in _splits(k // 256, tiles, processors):
-                tile = {"bm": bm, "weight_stages": 3, "x_stages": 4, "group": 8, "split": split}
-                plans.append(Plan("large", tile))
+        plans += linear.tiled_plans(m, n, k, fp8, processors)[:6]
     if fp8 and m >= 1024 and n % 16 == 0:
         plans.append(Plan("widen"))
     return plans
