@@ -19,6 +19,8 @@ MODES = ["none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor"]
 BOUND = {"none": 4e-3, "fp8_per_token": 2e-2, "nvfp4_per_token": 2e-2, "nvfp4_per_tensor": 2e-2}
 HOPPER = (512, 256)  # hidden and intermediate sizes that the Hopper kernel takes
 SPLIT = (2048, 1024)  # such that blocks share a tile where tokens are few
+ROUNDS = (4096, 3072)  # such that few tokens make more tiles than thread blocks run at once, and some of them are shared
+RAGGED = (608, 352)  # such that rows of scales are too short for bulk copies, and K ends within a stage
 ODD = (208, 80)  # and such that only the portable one takes
 
 
@@ -94,6 +96,8 @@ def check(x, weights, ids, arguments, bound=None, **more) -> torch.Tensor:
         (ODD, 5, 16),
         (ODD, 250, 128),
         *(((2048, 768), m, b) for m, b in ((5, 8), (9, 16), (40, 32), (90, 64), (250, 128), (700, 256))),
+        *((RAGGED, m, b) for m, b in ((5, 8), (40, 32), (90, 64), (250, 128))),
+        *(((7168, 256), m, b) for m, b in ((90, 64), (250, 128))),
     ],
 )
 def test_products_err_by_the_output_rounding_alone(mode, sizes, m, block_m):
@@ -134,7 +138,7 @@ def test_products_err_by_the_output_rounding_alone(mode, sizes, m, block_m):
         assert error.norm() <= 5e-3 * want.norm()
 
 
-@pytest.mark.parametrize("k", [128, 256, 768, 2048, 4096, 7168, 14336])
+@pytest.mark.parametrize("k", [96, 256, 768, 1408, 2048, 2880, 4096, 7168, 14336])
 @pytest.mark.parametrize("permute", [False, True])
 def test_hopper_fp8_operand_has_the_twins_bits(k, permute):
     from nvfp4_kernels.reference.linear import quantize_fp8_per_token
@@ -163,7 +167,9 @@ def test_hopper_fp8_operand_has_the_twins_bits(k, permute):
     source = x[named // top_k] if permute else x[rows[named]]
     want, want_scale = quantize_fp8_per_token(source.cpu())  # torch's CUDA division is another
     dirty = source.cpu().isnan().any(-1)
-    want = want.float().view(len(named), -1, 4, 4, 2, 4).permute(0, 1, 3, 4, 2, 5).reshape(len(named), k)
+    width = -(-k // 256) * 256
+    want = torch.nn.functional.pad(want.float(), (0, width - k))
+    want = want.view(len(named), -1, 4, 4, 2, 4).permute(0, 1, 3, 4, 2, 5).reshape(len(named), width)
     got, scale = got[rows[named]].float().cpu(), scale[rows[named]].cpu()
     assert torch.equal(got[~dirty], want[~dirty])
     assert torch.equal(scale[~dirty], want_scale[~dirty])
@@ -171,7 +177,7 @@ def test_hopper_fp8_operand_has_the_twins_bits(k, permute):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sizes", [HOPPER, ODD, SPLIT])
+@pytest.mark.parametrize("sizes", [HOPPER, ODD, SPLIT, RAGGED])
 @pytest.mark.parametrize("m", [1, 33, 300, 1500])
 def test_layer(mode, sizes, m):
     arguments = layer(mode, 8, sizes)
@@ -179,18 +185,27 @@ def test_layer(mode, sizes, m):
 
 
 @pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
-@pytest.mark.parametrize("block_m", [8, 64, 256])
-def test_layer_in_tiles_of_any_size(mode, block_m, monkeypatch):
-    from nvfp4_kernels.triton import moe
-
-    monkeypatch.setattr(moe, "_block_m", lambda *sizes: block_m)
-    check(*tokens(700, 2, 5, SPLIT[0]), layer(mode, 5, SPLIT, per_row=True))
+@pytest.mark.parametrize("m", [2, 16, 40])
+def test_layer_whose_last_tiles_are_shared(mode, m):
+    check(*tokens(m, 2, 8, ROUNDS[0]), layer(mode, 8, ROUNDS))
 
 
 @pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
+@pytest.mark.parametrize(
+    ("block_m", "sizes"), [(8, SPLIT), (64, SPLIT), (256, SPLIT), (8, RAGGED), (16, RAGGED), (128, RAGGED)]
+)
+def test_layer_in_tiles_of_any_size(mode, block_m, sizes, monkeypatch):
+    from nvfp4_kernels.triton import moe
+
+    monkeypatch.setattr(moe, "_block_m", lambda *sizes: block_m)
+    check(*tokens(700, 2, 5, sizes[0]), layer(mode, 5, sizes, per_row=True))
+
+
+@pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
+@pytest.mark.parametrize("sizes", [HOPPER, RAGGED])
 @pytest.mark.parametrize("act_fn", reference.ACT_FNS)
-def test_activation_functions(mode, act_fn):
-    check(*tokens(40, 4, 8, HOPPER[0], torch.float16), layer(mode, 8, HOPPER, act_fn, torch.float16, bias=True))
+def test_activation_functions(mode, sizes, act_fn):
+    check(*tokens(40, 4, 8, sizes[0], torch.float16), layer(mode, 8, sizes, act_fn, torch.float16, bias=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -236,7 +251,7 @@ def test_shards_of_experts_sum_to_the_whole(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("sizes", "m"), [(HOPPER, 3), (HOPPER, 260), (SPLIT, 1), (SPLIT, 40)])
+@pytest.mark.parametrize(("sizes", "m"), [(HOPPER, 3), (HOPPER, 260), (SPLIT, 1), (SPLIT, 40), (ROUNDS, 12), (RAGGED, 40)])
 def test_runs_are_equal_bit_for_bit(mode, sizes, m):
     from nvfp4_kernels.triton.moe import fused_moe
 
@@ -249,7 +264,7 @@ def test_runs_are_equal_bit_for_bit(mode, sizes, m):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("sizes", "m"), [(HOPPER, 2), (HOPPER, 700), (SPLIT, 2)])
+@pytest.mark.parametrize(("sizes", "m"), [(HOPPER, 2), (HOPPER, 700), (SPLIT, 2), (ROUNDS, 12)])
 def test_graph_replay_follows_the_routing(mode, sizes, m):
     from nvfp4_kernels.triton.moe import fused_moe
 

@@ -64,7 +64,7 @@ def _operand(name: str, mode: str, out: str, **constants: Any) -> Row:
         "tile_to_expert": "*i32",
         "out": out,
         "out_scale": "*fp32",
-        **dict.fromkeys(("x_stride", "K", "block_m"), "i32"),
+        **dict.fromkeys(("x_stride", "K", "width", "block_m"), "i32"),
     }
     defaults = {
         "MODE": mode,
@@ -76,7 +76,7 @@ def _operand(name: str, mode: str, out: str, **constants: Any) -> Row:
         "REORDER": False,
         "BLOCK": 2048,
     }
-    return Row(name, "moe_operand:operand_kernel", types, defaults | constants, ("x", "out", "x_stride", "K"))
+    return Row(name, "moe_operand:operand_kernel", types, defaults | constants, ("x", "out", "x_stride", "K", "width"))
 
 
 def _place(name: str, bins: int, all_slots: int, arch: int) -> Row:
@@ -150,11 +150,13 @@ def ptxas_says(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def compile_hopper(block_m: int, x: str, act: int, operand_order: bool, reduce: bool = False) -> dict[str, Any]:
-    """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"."""
+def compile_hopper(
+    block_m: int, x: str, act: int, operand_order: bool, reduce: bool = False, direct: bool = False, by_word: bool = False
+) -> dict[str, Any]:
+    """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"; direct: scales without bulk copies."""
     fp8 = x == "fp8e4nv"
     warps, weight_stages, x_stages, resident = moe_gemm_hopper.tiling(block_m, fp8)
-    small = block_m <= moe_gemm_hopper._DECODE_ROWS
+    small = x_stages == 0
     kernel = moe_gemm_hopper.grouped_gemm_kernel
     if small:
         kernel = moe_gemm_hopper.grouped_gemm_decode_kernel
@@ -174,10 +176,13 @@ def compile_hopper(block_m: int, x: str, act: int, operand_order: bool, reduce: 
         "input_scale_ptr": None,
     }
     if small:
-        constants |= {"STAGES": weight_stages, "REDUCE": reduce}
+        constants |= {"STAGES": weight_stages, "REDUCE": reduce, "MIN_STAGES": 2}
         constants |= {} if reduce else {"partial_ptr": None, "count_ptr": None}
     else:
         constants |= {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}
+        if block_m != moe_gemm_hopper._LONG_ROWS:
+            constants["BY_WORD"] = by_word
+    constants |= {"s_desc": None} if direct else {"s_ptr": None}
     if not fp8:
         constants |= {"fold_ptr": None, "token_ptr": None}
     element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[x]
@@ -186,6 +191,7 @@ def compile_hopper(block_m: int, x: str, act: int, operand_order: bool, reduce: 
         "w_desc": descriptor("i32", [8 * warps, 32 if small else 16], gl.int32),
         "s_desc": descriptor("i16", [8 * warps, 8], gl.int16),
         "x_desc": descriptor(x, [block_m, 128 if fp8 else 64], element),
+        "s_ptr": "*i16",
         "out_ptr": f"*{out}",
         "bias_ptr": f"*{out}",
         **dict.fromkeys(("fold_ptr", "row_ptr", "token_ptr", "partial_ptr"), "*fp32"),
@@ -198,11 +204,16 @@ def compile_hopper(block_m: int, x: str, act: int, operand_order: bool, reduce: 
         (names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names and name not in constants
     }
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
+    kinds = {"split": reduce, "direct": direct, "by word": by_word}
+    options = {"num_warps": warps, "launch_pdl": True}
+    if direct or by_word or block_m == 128:
+        options["maxnreg"] = moe_gemm_hopper.max_registers(warps, resident)
+    compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {
-        "name": f"hopper {block_m} {x} {act}{' split' if reduce else ''}",
+        "name": " ".join(["hopper", str(block_m), x, str(act), *(word for word, on in kinds.items() if on)]),
         "arch": 90,
         "rows": block_m,
+        "by_word": by_word,
         "ptx": compiled.asm["ptx"],
         "ptxas": ptxas_says(compiled.asm["ptx"]),
         "shared": compiled.metadata.shared,
@@ -219,7 +230,7 @@ def compile_operand(block: int, permute: bool) -> dict[str, Any]:
     types = {"x_ptr": "*bf16", "index_ptr": "*i32", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = ("x_ptr", "q_ptr", "stride", "K")
+    aligned = ("x_ptr", "q_ptr", "stride", "K", "width")
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": constants["WARPS"], "launch_pdl": True, "enable_fp_fusion": False}
@@ -235,11 +246,18 @@ HOPPER = [
     (32, "fp16", 0, False),
     (32, "fp8e4nv", 0, False),
     (32, "bf16", 2, True, True),
+    (8, "fp8e4nv", 2, False, True, True),
+    (16, "bf16", 2, True, False, True),
+    (32, "fp8e4nv", 0, False, True, True),
     (64, "fp8e4nv", 2, False),
     (64, "bf16", 1, True),
     (128, "fp8e4nv", 2, False),
     (128, "fp8e4nv", 0, False),
     (128, "bf16", 2, True),
+    (64, "fp8e4nv", 2, False, False, True),
+    (64, "fp8e4nv", 2, False, False, False, True),
+    (128, "fp8e4nv", 2, False, False, True, True),
+    (128, "fp8e4nv", 0, False, False, False, True),
     (256, "fp8e4nv", 2, False),
     (256, "fp8e4nv", 0, False),
     (256, "bf16", 2, True),

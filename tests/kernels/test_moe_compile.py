@@ -33,7 +33,8 @@ def of(compiled: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def test_no_local_memory(compiled):
     for one in compiled:
         assert one["LOCAL"] == 0
-        assert one["STACK"] <= 8, (one["name"], one["arch"])  # Triton 3.9 puts one value there
+        # Triton 3.9 puts one value there; products of 128 rows by words put there what only their epilogue needs.
+        assert one["STACK"] <= (192 if one.get("by_word") else 8), (one["name"], one["arch"])
 
 
 def test_portable_gemms_run_on_tensor_cores(compiled):
@@ -81,5 +82,5 @@ def test_blocks_of_the_hopper_kernels_fit_a_multiprocessor(compiled):
 def test_persistent_hopper_kernels_overlap_products_and_decoding(compiled):
     """ptxas says so where it has to wait for every product at once (of a tile a block, the other block fills the gap)."""
     for one in of(compiled, "hopper"):
-        if one["rows"] <= 32 or one["rows"] == 256:
+        if one["rows"] <= 32 or one["rows"] == 256 or one["by_word"]:
             assert "serialized" not in one["ptxas"], one["ptxas"]

@@ -122,7 +122,8 @@ def test_the_mode_of_auto_depends_on_the_slots_of_an_expert(monkeypatch):
     monkeypatch.setattr(kernels, "arch_of", lambda device: 90)
     assert kernels.faster_mode(gpu, 64, 8, 128, 2048, 768) == "none"
     assert kernels.faster_mode(gpu, 65, 8, 128, 2048, 768) == "fp8_per_token"
-    assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2880) == "none"  # the Hopper kernels do not take it
+    assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2880) == "fp8_per_token"
+    assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2896) == "none"  # the Hopper kernels do not take it
     monkeypatch.setattr(kernels, "arch_of", lambda device: 89)
     assert kernels.faster_mode(gpu, 4096, 8, 128, 2048, 768) == "none"
 
@@ -174,10 +175,11 @@ def test_fp8_without_fp8_tensor_cores(monkeypatch):
 @pytest.mark.parametrize("mode", ["none", "nvfp4_per_token", "fp8_per_token"])
 def test_reordered_operand(mode):
     """Position p of a chunk of 128 holds the value that hopper.py's decoded weights have there."""
-    x = awkward_rows(6, 384)
+    x = awkward_rows(6, 400)
     natural, _ = moe_operand.operand(x, mode)
     reordered, _ = moe_operand.operand(x, mode, reorder=True)
-    chunks = natural.float().view(6, 3, 4, 4, 2, 4)  # t, word, half, code
+    natural = torch.nn.functional.pad(natural.float(), (0, 512 - 400))  # whole stages
+    chunks = natural.view(6, 4, 4, 4, 2, 4)  # t, word, half, code
     order = (0, 1, 3, 4, 2, 5) if mode == "fp8_per_token" else (0, 1, 3, 5, 2, 4)
     assert torch.equal(reordered.float().view(6, -1), chunks.permute(order).reshape(6, -1))
 

@@ -22,7 +22,7 @@ def _block_m(slots: int, experts: int, hidden: int, inner: int, hopper: bool) ->
     mean = slots / experts
     if hopper and mean <= (4 if experts > 16 else 2):
         return 8
-    if hopper and mean >= 192 and min(hidden, inner) >= 4096:
+    if hopper and mean >= 192 and min(hidden, inner) >= 4096 and hidden % 256 == inner % 256 == 0:
         return 256
     return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 48 else 128
 
@@ -32,7 +32,7 @@ def faster_mode(device: torch.device, tokens: int, top_k: int, experts: int, hid
 
     Up to four slots an expert the bytes of the weights count alone, and both take equally long.
     """
-    if arch_of(device) != 90 or hidden % 256 or inner % 256:
+    if arch_of(device) != 90 or hidden % 32 or inner % 32:
         return "none"
     return "fp8_per_token" if tokens * top_k > 4 * experts else "none"
 
@@ -40,7 +40,7 @@ def faster_mode(device: torch.device, tokens: int, top_k: int, experts: int, hid
 def describe(activation: str, device: torch.device) -> tuple[str, str]:
     """Kernel and reason of an activation mode, for `nvfp4 doctor`."""
     if arch_of(device) == 90:
-        return "gluon moe_gemm_hopper", "SM90, both K multiples of 256 (the portable Triton GEMM takes other shapes)"
+        return "gluon moe_gemm_hopper", "SM90, both K multiples of 32 (the portable Triton GEMM takes other shapes)"
     operands = "e4m3" if activation == "fp8_per_token" and has_fp8_tensor_cores(arch_of(device)) else "16-bit"
     return "triton moe_gemm", f"weights decoded in registers, {operands} operands on the tensor cores"
 

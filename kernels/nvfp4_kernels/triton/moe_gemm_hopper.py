@@ -25,10 +25,11 @@ from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
 from .descriptors import descriptor
 from .gluon_compat import thread_barrier, tma_load
-from .hopper import decode_16, decode_fp8, halves, scale_pairs, sum_parts, tile_of
+from .hopper import decode_16, decode_fp8, decode_word_fp8, halves, scale_pairs, scale_tables, sum_parts, tile_of
 from .launch import cdiv, launch
 from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
+from .moe_operand import whole_stages
 from .workspace import split_k
 
 
@@ -67,15 +68,20 @@ def _half_pairs_layout(warps):
 
 @gluon.jit
 def _load_weights(w_desc, s_desc, words, scales, bar, row, second, k, stage, more_bytes: gl.constexpr, pred):
-    """Weight stage k (256 values of K) of rows row.. and row + second.. into slot `stage`; `more_bytes` come on `bar`, too."""
+    """Weight stage k (256 values of K) of rows row.. and row + second.. into slot `stage`; `more_bytes` come on `bar`, too.
+
+    Without s_desc, its scales are left to `_scale_pairs`.
+    """
     BOX: gl.constexpr = w_desc.block_type.shape[1]
     BOXES: gl.constexpr = 32 // BOX
-    mbarrier.expect(bar, 2 * BOXES * w_desc.block_type.nbytes + 2 * s_desc.block_type.nbytes + more_bytes, pred=pred)
+    SCALE_BYTES: gl.constexpr = 0 if s_desc is None else 2 * s_desc.block_type.nbytes
+    mbarrier.expect(bar, 2 * BOXES * w_desc.block_type.nbytes + SCALE_BYTES + more_bytes, pred=pred)
     for part in gl.static_range(2):
         for box in gl.static_range(BOXES):
             slot = words.index((stage * BOXES + box) * 2 + part)
             tma_load(w_desc, [row + part * second, k * 32 + box * BOX], bar, slot, pred=pred)
-        tma_load(s_desc, [row + part * second, k * 8], bar, scales.index(stage * 2 + part), pred=pred)
+        if s_desc is not None:
+            tma_load(s_desc, [row + part * second, k * 8], bar, scales.index(stage * 2 + part), pred=pred)
 
 
 @gluon.jit
@@ -94,24 +100,25 @@ def _interleave(first, second, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _read_weights(words, scales, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
-    """Words [16 * WARPS, 16] and scale pairs [16 * WARPS, 4] of 128 values of K, from shared memory."""
-    HALF_WORDS: gl.constexpr = _half_words_layout(WARPS)
-    HALF_PAIRS: gl.constexpr = _half_pairs_layout(WARPS)
+def _read_words(words, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
+    """Words [16 * WARPS, 16] of 128 values of K, from shared memory."""
+    HALF: gl.constexpr = _half_words_layout(WARPS)
     if words.shape[2] == 16:
         first = words.index(slot * 4 + chunk * 2)
         second = words.index(slot * 4 + chunk * 2 + 1)
     else:
         first = words.index(slot * 2).slice(16 * chunk, 16, dim=1)
         second = words.index(slot * 2 + 1).slice(16 * chunk, 16, dim=1)
-    w = _interleave(first.load(HALF_WORDS), second.load(HALF_WORDS), WARPS, _words_layout(WARPS))
-    s = _interleave(
-        scales.index(slot * 2).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
-        scales.index(slot * 2 + 1).slice(4 * chunk, 4, dim=1).load(HALF_PAIRS),
-        WARPS,
-        _pairs_layout(WARPS),
-    )
-    return w, s
+    return _interleave(first.load(HALF), second.load(HALF), WARPS, _words_layout(WARPS))
+
+
+@gluon.jit
+def _read_scales(scales, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
+    """Scale pairs [16 * WARPS, 4] of 128 values of K, from shared memory."""
+    HALF: gl.constexpr = _half_pairs_layout(WARPS)
+    first = scales.index(slot * 2).slice(4 * chunk, 4, dim=1).load(HALF)
+    second = scales.index(slot * 2 + 1).slice(4 * chunk, 4, dim=1).load(HALF)
+    return _interleave(first, second, WARPS, _pairs_layout(WARPS))
 
 
 @gluon.jit
@@ -119,6 +126,19 @@ def _weight_rows(column0, second, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
     """The expert's weight row behind each fragment row: 0..7 of a fragment lie from column0 on, 8..15 `second` further."""
     fragment = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, LAYOUT))
     return column0 + fragment // 16 * 8 + fragment % 8 + (fragment // 8) % 2 * second
+
+
+@gluon.jit
+def _fetch_scales(s_ptr, expert, column0, second, N, pairs, k, chunk: gl.constexpr, WARPS: gl.constexpr):
+    """Scale pairs [16 * WARPS, 4] of 128 values of K, from global memory, where rows of `pairs` are too short for bulk copies.
+
+    0 past the end of a row.
+    """
+    LAYOUT: gl.constexpr = _pairs_layout(WARPS)
+    row = _weight_rows(column0, second, WARPS, LAYOUT)
+    column = k * 8 + chunk * 4 + gl.arange(0, 4, gl.SliceLayout(0, LAYOUT))
+    at = s_ptr + expert.to(gl.int64) * (N * pairs)
+    return gl.load(at + (row[:, None] * pairs + column[None, :]), mask=(row < N)[:, None] & (column < pairs)[None, :], other=0)
 
 
 @gluon.jit
@@ -152,7 +172,7 @@ def _row_factor(
 
 @gluon.jit
 def _finish(
-    acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N,
+    acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, out_stride,
     BM: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
     """Scale, bias, rounding and activation function of products [16 * WARPS, BM], and their way to `out`.
@@ -178,6 +198,12 @@ def _finish(
         if ACT == 1:
             values = ungated(values.to(gl.float32), ACT_FN).to(DTYPE)
     values = gl.permute(values, [1, 0])
+    width = N // 2 if ACT == 2 else N
+    if OPERAND_ORDER:
+        # The next GEMM reads whole stages: zeros follow the row.
+        VALUES: gl.constexpr = values.type.layout
+        inside = n_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, VALUES)) < width
+        values = gl.where(inside[None, :], values, 0.0)
     VECTOR: gl.constexpr = COLUMNS // 16 if OPERAND_ORDER else 8
     if OPERAND_ORDER:
         # t word h j -> word j t h, for the part of t that the tile holds: COLUMNS / 16 neighbours stay together.
@@ -187,24 +213,119 @@ def _finish(
     values = gl.convert_layout(values, ROWS)
     out_row = (m0 + gl.arange(0, BM, gl.SliceLayout(1, ROWS))).to(gl.int64)
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, ROWS))
-    width = N // 2 if ACT == 2 else N
     live = gl.load(live_ptr + out_row) >= 0 if live_ptr is not None else out_row >= 0
     if OPERAND_ORDER:
-        # The next GEMM's K is a multiple of 256: no tile is cut.
         PARTS: gl.constexpr = 128 // COLUMNS
         column = n_tile // PARTS * 128 + n_tile % PARTS * VECTOR + column // VECTOR * 8 + column % VECTOR
-        gl.store(out_ptr + out_row[:, None] * width + column[None, :], values, mask=live[:, None])
+        gl.store(out_ptr + out_row[:, None] * out_stride + column[None, :], values, mask=live[:, None])
     else:
         column = n_tile * COLUMNS + column
-        gl.store(out_ptr + out_row[:, None] * width + column[None, :], values, mask=live[:, None] & (column < width)[None, :])
+        inside = (column < width)[None, :]
+        gl.store(out_ptr + out_row[:, None] * out_stride + column[None, :], values, mask=live[:, None] & inside)
+
+
+@gluon.jit
+def _word(words, word: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr):
+    """Word 0 to 3 of every thread, int32 [BN, 4], of words [BN, 16]."""
+    first, second = halves(words, BN)
+    even, odd = gl.split(first if word < 2 else second)
+    return gl.convert_layout(even if word % 2 == 0 else odd, _pairs_layout(WARPS), assert_trivial=True)
+
+
+@gluon.jit
+def _one_tile(
+    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+    words, scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, pairs, out_stride, k_stages,
+    row_expert, row_stride, input_scale_expert,
+    BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr,
+    ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr, BY_WORD: gl.constexpr,
+):  # fmt: skip
+    """Products and epilogue of `grouped_gemm_kernel`, whose first stages are on their way."""
+    BN: gl.constexpr = 16 * WARPS
+    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
+    FP16: gl.constexpr = x_desc.dtype == gl.float16
+    XK: gl.constexpr = 128 if FP8 else 64
+    PER_STAGE: gl.constexpr = 256 // XK
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
+    COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN
+    second = N // 2 if ACT == 2 else BN // 2
+    row0 = expert * N + n_tile * COLUMNS
+    x_stages = k_stages * PER_STAGE
+    if s_desc is None:
+        next_first = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, 0, 0, WARPS)
+        next_second = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, 0, 1, WARPS)
+
+    token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
+    x_step = 0
+    for stage in range(k_stages):
+        # Every warp is past the last barrier, so past its reads of the stage before: that slot is free.
+        ahead_w = stage + WEIGHT_STAGES - 1
+        free = ahead_w % WEIGHT_STAGES
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(free), row0, second, ahead_w, free, 0, ahead_w < k_stages)
+        if s_desc is None:
+            first_scales = next_first
+            second_scales = next_second
+            next_first = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, stage + 1, 0, WARPS)
+            next_second = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, stage + 1, 1, WARPS)
+        slot = stage % WEIGHT_STAGES
+        mbarrier.wait(w_bars.index(slot), (stage // WEIGHT_STAGES) & 1)
+        for chunk in gl.static_range(2):
+            w = _read_words(words, slot, chunk, WARPS)
+            if s_desc is None:  # noqa: SIM108
+                s = first_scales if chunk == 0 else second_scales
+            else:
+                s = _read_scales(scales, slot, chunk, WARPS)
+            if not FP8:
+                s_first, s_second = scale_pairs(s, FP16)
+                w_first, w_second = halves(w, BN)
+            if BY_WORD:
+                low_first, high_first, low_second, high_second = scale_tables(s, fold)
+            for half in gl.static_range(PER_STAGE // 2):
+                x_slot = x_step % X_STAGES
+                ahead = x_step + X_STAGES - 1
+                x = x_ring.index(x_slot).permute((1, 0))
+                if BY_WORD:
+                    mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
+                    for word in gl.static_range(4):
+                        low = low_first if word < 2 else low_second
+                        high = high_first if word < 2 else high_second
+                        a = decode_word_fp8(_word(w, word, BN, WARPS), low, high, BN, OPERAND)
+                        token = warpgroup_mma(a, x.slice(32 * word, 32, dim=0), token, is_async=True)
+                        token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+                        if word == 0:
+                            # The products before these are done, in every warp once past the barrier: their x stage is free.
+                            thread_barrier()
+                            _load_x(x_desc, x_ring, x_bars, m0, ahead, ahead % X_STAGES, XK, ahead < x_stages)
+                else:
+                    if FP8:
+                        a = decode_fp8(w, s, fold, BN, OPERAND)
+                    else:
+                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
+                    token = warpgroup_mma(a, x, token, is_async=True)
+                    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+                    thread_barrier()
+                    _load_x(x_desc, x_ring, x_bars, m0, ahead, ahead % X_STAGES, XK, ahead < x_stages)
+                x_step += 1
+    acc = warpgroup_mma_wait(0, deps=[token])
+
+    row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
+    factor = _row_factor(
+        row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
+    )
+    _finish(
+        acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, out_stride,
+        BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_kernel(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
-    offsets, N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+    offsets, N, pairs, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+    ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr, BY_WORD: gl.constexpr,
 ):  # fmt: skip
     """out[rows of a tile] = epilogue(x @ weight[expert of the tile]^T), rows in permuted order; a tile a thread block.
 
@@ -212,15 +333,14 @@ def grouped_gemm_kernel(
     x_desc [rows, K] in the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0:
     none. OPERAND_ORDER: out's columns come in the order that the next GEMM reads 16-bit operands in.
 
+    BY_WORD: FP8 operands are decoded and multiplied a word of each thread, 32 values of K, at a time.
+
     The launch may overlap the one before it, which has written x and no more: routing and weights are older.
     """
     BN: gl.constexpr = 16 * WARPS
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
-    FP16: gl.constexpr = x_desc.dtype == gl.float16
     XK: gl.constexpr = 128 if FP8 else 64  # values of K in an x stage: rows of 128 bytes
     PER_STAGE: gl.constexpr = 256 // XK
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
     COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN  # of out
 
     unit = gl.program_id(0)
@@ -236,7 +356,9 @@ def grouped_gemm_kernel(
     row0 = expert * N + n_tile * COLUMNS
 
     words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 4, BN // 2, 16], w_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES * 2, BN // 2, 8], s_desc.layout)
+    scales = words
+    if s_desc is not None:
+        scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES * 2, BN // 2, 8], s_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
     w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
     x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
@@ -252,46 +374,25 @@ def grouped_gemm_kernel(
     gdc_launch_dependents()
     for i in gl.static_range(X_STAGES - 1):
         _load_x(x_desc, x_ring, x_bars, m0, i, i, XK, i < x_stages)
+    fold = n_tile
     if FP8:
         fold = _fold_pairs(fold_ptr, expert, n_tile * COLUMNS, second, N, WARPS)
-
-    token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-    x_step = 0
-    for stage in range(k_stages):
-        # Every warp is past the last barrier, so past its reads of the stage before: that slot is free.
-        ahead_w = stage + WEIGHT_STAGES - 1
-        free = ahead_w % WEIGHT_STAGES
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(free), row0, second, ahead_w, free, 0, ahead_w < k_stages)
-        slot = stage % WEIGHT_STAGES
-        mbarrier.wait(w_bars.index(slot), (stage // WEIGHT_STAGES) & 1)
-        for chunk in gl.static_range(2):
-            w, s = _read_weights(words, scales, slot, chunk, WARPS)
-            if not FP8:
-                s_first, s_second = scale_pairs(s, FP16)
-                w_first, w_second = halves(w, BN)
-            for half in gl.static_range(PER_STAGE // 2):
-                if FP8:
-                    a = decode_fp8(w, s, fold, BN, OPERAND)
-                else:
-                    a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
-                x_slot = x_step % X_STAGES
-                mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
-                token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
-                token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-                # The products before these are done, in every warp once past the barrier: their x stage is free.
-                thread_barrier()
-                ahead = x_step + X_STAGES - 1
-                _load_x(x_desc, x_ring, x_bars, m0, ahead, ahead % X_STAGES, XK, ahead < x_stages)
-                x_step += 1
-    acc = warpgroup_mma_wait(0, deps=[token])
-
-    row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
-    factor = _row_factor(
-        row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
-    )
-    _finish(
-        acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER
-    )
+    if BY_WORD:
+        # Once. ptxas serializes the products of a tile that no loop surrounds, and takes fewer registers then.
+        for _ in range(unit, gl.load(offsets + experts) // BM * n_tiles, gl.num_programs(0)):
+            _one_tile(
+                w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+                words, scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, pairs, out_stride, k_stages,
+                row_expert, row_stride, input_scale_expert,
+                BM, WARPS, WEIGHT_STAGES, X_STAGES, ACT, ACT_FN, OPERAND_ORDER, BY_WORD,
+            )  # fmt: skip
+    else:
+        _one_tile(
+            w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+            words, scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, pairs, out_stride, k_stages,
+            row_expert, row_stride, input_scale_expert,
+            BM, WARPS, WEIGHT_STAGES, X_STAGES, ACT, ACT_FN, OPERAND_ORDER, BY_WORD,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -307,8 +408,8 @@ def _tile(unit, tile_to_expert, offsets, n_tiles, last_tile, BM: gl.constexpr, G
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_long_kernel(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
-    offsets, N, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+    offsets, N, pairs, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
@@ -383,7 +484,8 @@ def grouped_gemm_long_kernel(
         for _stage in range(k_stages):
             mbarrier.wait(w_bars.index(w_slot), w_phase)
             for chunk in gl.static_range(2):
-                w, s = _read_weights(words, scales, w_slot, chunk, WARPS)
+                w = _read_words(words, w_slot, chunk, WARPS)
+                s = _read_scales(scales, w_slot, chunk, WARPS)
                 if not FP8:
                     s_first, s_second = scale_pairs(s, FP16)
                     w_first, w_second = halves(w, BN)
@@ -422,26 +524,20 @@ def grouped_gemm_long_kernel(
                 w_expert, w_n, _ = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
                 w_row = w_expert * N + w_n * COLUMNS
         acc = warpgroup_mma_wait(0, deps=[token])
-        PART: gl.constexpr = min(BM, 128)
+        PART: gl.constexpr = BM // 2
         PART_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PART, 32 if FP8 else 16])
         row = _weight_rows(n_tile * COLUMNS, second, WARPS, PART_ACC)
         factor = _row_factor(
             row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
         )
-        if BM > 128:
-            low, high = gl.split(gl.permute(gl.reshape(acc, [BN, 2, PART]), [0, 2, 1]))
-            low = gl.convert_layout(low, PART_ACC, assert_trivial=True)
-            high = gl.convert_layout(high, PART_ACC, assert_trivial=True)
-            for half in gl.static_range(2):
-                _finish(
-                    low if half == 0 else high, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile,
-                    m0 + half * PART, N,
-                    PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
-                )  # fmt: skip
-        else:
+        low, high = gl.split(gl.permute(gl.reshape(acc, [BN, 2, PART]), [0, 2, 1]))
+        low = gl.convert_layout(low, PART_ACC, assert_trivial=True)
+        high = gl.convert_layout(high, PART_ACC, assert_trivial=True)
+        for half in gl.static_range(2):
             _finish(
-                acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N,
-                BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+                low if half == 0 else high, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile,
+                m0 + half * PART, N, out_stride,
+                PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
 
 
@@ -455,23 +551,59 @@ def _load_stage_x(x_desc, x_ring, bar, m0, k, stage, pred):
 
 
 @gluon.jit
-def _unit(unit, n_tiles, split):
-    """(tile, tile along n, part of K) of a unit of work: the parts of a tile lie side by side."""
-    tile = unit // split
-    return tile // n_tiles, tile % n_tiles, unit % split
+def _sharing(tiles, stages, blocks, MIN_STAGES: gl.constexpr):
+    """(tiles that are a unit of work each, blocks that share the K of each tile behind them).
+
+    Whole rounds of tiles take a block each. What is left is shared such that its rounds are short; a unit costs about as much
+    as two more stages where it is shared, and one where it is not.
+    """
+    whole = tiles // blocks * blocks
+    rest = tiles - whole
+    split = 1
+    best = (stages + 1).to(gl.float32)
+    for rounds in gl.static_range(1, 5):
+        shares = gl.minimum(rounds * blocks // gl.maximum(rest, 1), stages // MIN_STAGES)
+        cost = rounds * (stages.to(gl.float32) / shares + 2)
+        better = (cost < best) & (shares > 1)
+        split = gl.where(better, shares, split)
+        best = gl.where(better, cost, best)
+    return whole, split
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "split"])
+@gluon.jit
+def _tile_of_unit(unit, whole, split, REDUCE: gl.constexpr):
+    """The tile of a unit of work: the first `whole` have one unit each, the others `split`, side by side."""
+    if REDUCE:
+        return gl.minimum(unit, whole) + gl.maximum(unit - whole, 0) // split
+    else:
+        return unit
+
+
+@gluon.jit
+def _share_of(unit, whole, split, stages, REDUCE: gl.constexpr):
+    """(first stage, stages) of a unit of work. The shares of a tile differ by one stage at most."""
+    if REDUCE:
+        shares = gl.where(unit < whole, 1, split)
+        share = gl.where(unit < whole, 0, (unit - whole) % split)
+        first = share * stages // shares
+        return first, (share + 1) * stages // shares - first
+    else:
+        return 0, stages
+
+
+@gluon.jit(do_not_specialize=["n_tiles", "shares"])
 def grouped_gemm_decode_kernel(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, partial_ptr, count_ptr,
-    tile_to_expert, offsets, N, k_stages, n_tiles, split, experts, row_expert, row_stride, input_scale_expert,
+    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, partial_ptr,
+    count_ptr, tile_to_expert, offsets, N, pairs, out_stride, k_stages, n_tiles, shares, experts, row_expert, row_stride,
+    input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr,
-    OPERAND_ORDER: gl.constexpr, REDUCE: gl.constexpr,
+    OPERAND_ORDER: gl.constexpr, REDUCE: gl.constexpr, MIN_STAGES: gl.constexpr,
 ):  # fmt: skip
     """`grouped_gemm_kernel` for small tiles: bound by the bytes of the weights, so that their stream must not stop.
 
     Persistent: the loads run ahead across tiles. What a tile needs beside them is read a tile ahead: its expert two.
-    REDUCE: `split` blocks share a tile, k_stages each, and the last of them adds up.
+    REDUCE: `shares` blocks share the K of each tile, and the last of them adds up. 0: the blocks share the tiles that do not
+    fill a round, as it is seen here how many those are: the host does not know how many experts were hit.
     """
     BN: gl.constexpr = 16 * WARPS
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
@@ -483,12 +615,12 @@ def grouped_gemm_decode_kernel(
     COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN
     X_BYTES: gl.constexpr = PER_STAGE * x_desc.block_type.nbytes
     second = N // 2 if ACT == 2 else BN // 2
-    if not REDUCE:
-        split = 1
 
     BOX: gl.constexpr = w_desc.block_type.shape[1]
     words = gl.allocate_shared_memory(gl.int32, [STAGES * 64 // BOX, BN // 2, BOX], w_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int16, [STAGES * 2, BN // 2, 8], s_desc.layout)
+    scales = words
+    if s_desc is not None:
+        scales = gl.allocate_shared_memory(gl.int16, [STAGES * 2, BN // 2, 8], s_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * PER_STAGE, BM, XK], x_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -496,66 +628,95 @@ def grouped_gemm_decode_kernel(
     fence_async_shared()
 
     tiles = gl.load(offsets + experts) // BM
-    units = tiles * n_tiles * split
     stride = gl.num_programs(0)
     start = gl.program_id(0)
+    units = tiles * n_tiles
+    whole = units
+    split = 1
+    if REDUCE:
+        whole = 0
+        split = shares
+        if shares == 0:
+            whole, split = _sharing(units, k_stages, stride, MIN_STAGES)
+        units = whole + (units - whole) * split
     # Experts of units past the end: the map has an entry for any unit that is clamped to the last one.
     last_tile = gl.maximum(tiles - 1, 0)
-    expert = gl.load(tile_to_expert + gl.minimum(start // split // n_tiles, last_tile))
-    expert_next = gl.load(tile_to_expert + gl.minimum((start + stride) // split // n_tiles, last_tile))
+    tile = _tile_of_unit(start, whole, split, REDUCE)
+    tile_next = _tile_of_unit(start + stride, whole, split, REDUCE)
+    expert = gl.load(tile_to_expert + gl.minimum(tile // n_tiles, last_tile))
+    expert_next = gl.load(tile_to_expert + gl.minimum(tile_next // n_tiles, last_tile))
     load_unit = start
-    load_tile, load_n, load_part = _unit(start, n_tiles, split)
-    load_k = load_part * k_stages
-    left = k_stages
+    load_tile = tile
+    load_k, left = _share_of(start, whole, split, k_stages, REDUCE)
     load_expert = expert
     load_expert_next = expert_next
     for i in gl.static_range(STAGES - 1):
-        row0 = load_expert * N + load_n * COLUMNS
+        row0 = load_expert * N + load_tile % n_tiles * COLUMNS
         _load_weights(w_desc, s_desc, words, scales, bars.index(i), row0, second, load_k, i, X_BYTES, load_unit < units)
         load_k += 1
         left -= 1
         if left == 0:
             load_unit += stride
-            load_tile, load_n, load_part = _unit(load_unit, n_tiles, split)
-            load_k = load_part * k_stages
-            left = k_stages
+            load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
+            load_k, left = _share_of(load_unit, whole, split, k_stages, REDUCE)
             load_expert = load_expert_next
-            load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // split // n_tiles, last_tile))
+            later = _tile_of_unit(load_unit + stride, whole, split, REDUCE) // n_tiles
+            load_expert_next = gl.load(tile_to_expert + gl.minimum(later, last_tile))
     gdc_wait()
     gdc_launch_dependents()
     x_unit = start
-    x_tile, _, x_part = _unit(start, n_tiles, split)
-    x_k = x_part * k_stages
-    x_left = k_stages
+    x_tile = tile
+    x_k, x_left = _share_of(start, whole, split, k_stages, REDUCE)
     for i in gl.static_range(STAGES - 1):
-        _load_stage_x(x_desc, x_ring, bars.index(i), x_tile * BM, x_k, i, x_unit < units)
+        _load_stage_x(x_desc, x_ring, bars.index(i), x_tile // n_tiles * BM, x_k, i, x_unit < units)
         x_k += 1
         x_left -= 1
         if x_left == 0:
             x_unit += stride
-            x_tile, _, x_part = _unit(x_unit, n_tiles, split)
-            x_k = x_part * k_stages
-            x_left = k_stages
+            x_tile = _tile_of_unit(x_unit, whole, split, REDUCE)
+            x_k, x_left = _share_of(x_unit, whole, split, k_stages, REDUCE)
     if FP8:
-        fold_next = _fold_pairs(fold_ptr, gl.maximum(expert, 0), start // split % n_tiles * COLUMNS, second, N, WARPS)
+        fold_next = _fold_pairs(fold_ptr, gl.maximum(expert, 0), tile % n_tiles * COLUMNS, second, N, WARPS)
+
+    if s_desc is None:
+        column0 = tile % n_tiles * COLUMNS
+        next_k, _ = _share_of(start, whole, split, k_stages, REDUCE)
+        next_first = _fetch_scales(s_ptr, gl.maximum(expert, 0), column0, second, N, pairs, next_k, 0, WARPS)
+        next_second = _fetch_scales(s_ptr, gl.maximum(expert, 0), column0, second, N, pairs, next_k, 1, WARPS)
 
     step = 0
     for unit in range(start, units, stride):
-        tile, n_tile, _ = _unit(unit, n_tiles, split)
-        m0 = tile * BM
+        n_tile = tile % n_tiles
+        m0 = tile // n_tiles * BM
         row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
         factor = _row_factor(
             row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
         )
         if FP8:
             fold = fold_next
-            fold_next = _fold_pairs(fold_ptr, expert_next, (unit + stride) // split % n_tiles * COLUMNS, second, N, WARPS)
+            fold_next = _fold_pairs(fold_ptr, expert_next, tile_next % n_tiles * COLUMNS, second, N, WARPS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        for _stage in range(k_stages):
+        first, count = _share_of(unit, whole, split, k_stages, REDUCE)
+        if s_desc is None:
+            later_first, _ = _share_of(unit + stride, whole, split, k_stages, REDUCE)
+        for stage in range(count):
+            if s_desc is None:
+                first_scales = next_first
+                second_scales = next_second
+                stays = stage + 1 < count
+                next_expert = gl.where(stays, expert, expert_next)
+                column0 = gl.where(stays, tile, tile_next) % n_tiles * COLUMNS
+                next_k = gl.where(stays, first + stage + 1, later_first)
+                next_first = _fetch_scales(s_ptr, next_expert, column0, second, N, pairs, next_k, 0, WARPS)
+                next_second = _fetch_scales(s_ptr, next_expert, column0, second, N, pairs, next_k, 1, WARPS)
             slot = step % STAGES
             mbarrier.wait(bars.index(slot), (step // STAGES) & 1)
             for chunk in gl.static_range(2):
-                w, s = _read_weights(words, scales, slot, chunk, WARPS)
+                w = _read_words(words, slot, chunk, WARPS)
+                if s_desc is None:
+                    s = first_scales if chunk == 0 else second_scales
+                else:
+                    s = _read_scales(scales, slot, chunk, WARPS)
                 if not FP8:
                     s_first, s_second = scale_pairs(s, FP16)
                     w_first, w_second = halves(w, BN)
@@ -571,48 +732,52 @@ def grouped_gemm_decode_kernel(
             # The stage before this one is free: its products are done, in every warp past the barrier.
             free = (step + STAGES - 1) % STAGES
             more = load_unit < units
-            row0 = load_expert * N + load_n * COLUMNS
+            row0 = load_expert * N + load_tile % n_tiles * COLUMNS
             _load_weights(w_desc, s_desc, words, scales, bars.index(free), row0, second, load_k, free, X_BYTES, more)
-            _load_stage_x(x_desc, x_ring, bars.index(free), load_tile * BM, load_k, free, more)
+            _load_stage_x(x_desc, x_ring, bars.index(free), load_tile // n_tiles * BM, load_k, free, more)
             step += 1
             load_k += 1
             left -= 1
             if left == 0:
                 load_unit += stride
-                load_tile, load_n, load_part = _unit(load_unit, n_tiles, split)
-                load_k = load_part * k_stages
-                left = k_stages
+                load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
+                load_k, left = _share_of(load_unit, whole, split, k_stages, REDUCE)
                 load_expert = load_expert_next
-                load_expert_next = gl.load(tile_to_expert + gl.minimum((load_unit + stride) // split // n_tiles, last_tile))
+                later = _tile_of_unit(load_unit + stride, whole, split, REDUCE) // n_tiles
+                load_expert_next = gl.load(tile_to_expert + gl.minimum(later, last_tile))
         acc = warpgroup_mma_wait(0, deps=[token])
         last = True
-        if REDUCE:
-            last, acc = sum_parts(acc, partial_ptr, count_ptr, unit // split, unit, split, BN, BM, WARPS)
+        if REDUCE:  # noqa: SIM102
+            if (unit >= whole) & (split > 1):
+                last, acc = sum_parts(acc, partial_ptr, count_ptr, tile - whole, unit - whole, split, BN, BM, WARPS)
         if last:
             _finish(
-                acc, factor, out_ptr, token_ptr, bias_ptr, None, expert, row, n_tile, m0,
-                N, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+                acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0,
+                N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
+        tile = tile_next
+        tile_next = _tile_of_unit(unit + 2 * stride, whole, split, REDUCE)
         expert = expert_next
-        expert_next = gl.load(tile_to_expert + gl.minimum((unit + 2 * stride) // split // n_tiles, last_tile))
+        expert_next = gl.load(tile_to_expert + gl.minimum(tile_next // n_tiles, last_tile))
 
 
 def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str) -> bool:
-    """Whether this path takes the layer: Hopper, whole stages of 256 along both K, gate and up rows below each other."""
+    """Whether this path takes the layer: Hopper, rows of whole 16 bytes along both K, gate and up rows below each other."""
     return (
         arch_of(device) == 90
         and act_fn != "swigluoai"
-        and all(w.data.shape[-1] % 128 == 0 and w.data.shape[1] % 16 == 0 for w in weights)
+        and all(w.data.shape[-1] % 16 == 0 and w.data.shape[1] % 16 == 0 for w in weights)
         and all(t.data_ptr() % 16 == 0 for w in weights for t in (w.data, w.scales))
     )
 
 
 _DECODE_ROWS = 32  # tiles up to which the kernel for few rows serves
+_SHORT_ROWS = 0  # and with K of one stage
 _LONG_ROWS = 256
 _MIN_STAGES = 2  # of a part of K
 
 
-def tiling(block_m: int, fp8: bool) -> tuple[int, int, int, int]:
+def tiling(block_m: int, fp8: bool, stages: int = 8) -> tuple[int, int, int, int]:
     """(warps, weight stages, x stages, blocks of a multiprocessor) of a tile of `block_m` rows.
 
     The small ones have stages of weights and x together.
@@ -620,14 +785,19 @@ def tiling(block_m: int, fp8: bool) -> tuple[int, int, int, int]:
     if block_m <= _DECODE_ROWS:
         x_size = block_m if fp8 else 2 * block_m
         return 4, 4 if x_size <= 32 else 3, 0, 4 if x_size <= 16 else 3 if x_size <= 32 else 2
+    if stages == 1 and block_m <= _SHORT_ROWS:
+        return 8, 3 if block_m == 64 else 2, 0, 2
     if block_m == _LONG_ROWS:
         return 8, 3, 4, 1
     return 8, 2, 3 if block_m == 128 else 4, 2
 
 
-def split_of(stages: int, units: int, blocks: int) -> int:
-    """Blocks that share a tile: the largest divisor of its `stages` with which `units` tiles are no more than `blocks`."""
-    return max((d for d in range(1, stages // _MIN_STAGES + 1) if stages % d == 0 and d * units <= blocks), default=1)
+def max_registers(warps: int, resident: int) -> int:
+    """Registers a thread that leave room for `resident` blocks of a multiprocessor.
+
+    A limit only where there would be more: below it, ptxas chooses more registers than without one.
+    """
+    return 65536 // (32 * warps * resident) // 8 * 8
 
 
 def grouped_gemm(
@@ -645,18 +815,22 @@ def grouped_gemm(
     experts, n, half_k = weights.data.shape
     gated_act = act_fn is not None and act_fn not in UNGATED
     fp8 = x.dtype == torch.float8_e4m3fn
-    warps, weight_stages, x_stages, resident = tiling(block_m, fp8)
-    box = 32 if block_m <= _DECODE_ROWS else 16  # words of a row in a bulk copy
+    stages = cdiv(half_k, 128)
+    warps, weight_stages, x_stages, resident = tiling(block_m, fp8, stages)
+    few = x_stages == 0
+    box = 32 if few else 16  # words of a row in a bulk copy
     columns = 8 * warps if gated_act else 16 * warps
     width = n // 2 if gated_act else n
-    n_tiles = cdiv(width, columns)
-    out = x.new_empty((x.shape[0], width), dtype=dtype)
+    out_width = whole_stages(width) if operand_order else width
+    n_tiles = cdiv(out_width, columns)
+    out = x.new_empty((x.shape[0], out_width), dtype=dtype)
     units = len(routing.tile_to_expert) * n_tiles
-    stages = half_k // 128
+    direct = half_k % 128 != 0  # rows of scales are no multiple of the 16 bytes that bulk copies ask for
     operands = (
         descriptor(weights.data, (8 * warps, box), torch.int32),
-        descriptor(weights.scales, (8 * warps, 8), torch.int16),
+        None if direct else descriptor(weights.scales, (8 * warps, 8), torch.int16),
         descriptor(x, (block_m, 128 if fp8 else 64)),
+        weights.scales.view(torch.int16) if direct else None,
         out,
         weights.fp8_fold,
         weights.row_scale,
@@ -664,7 +838,7 @@ def grouped_gemm(
         weights.input_scale,
         weights.bias,
     )
-    maps = (routing.tile_to_expert, routing.expert_offsets, n)
+    maps = (routing.tile_to_expert, routing.expert_offsets, n, half_k // 16, out_width)
     strides = (
         experts,
         weights.row_scale.shape[1],
@@ -680,19 +854,31 @@ def grouped_gemm(
         "num_warps": warps,
         "launch_pdl": True,
     }
+    by_word = fp8 and not few and block_m < _LONG_ROWS and stages >= (16 if block_m == 64 else 8)
+    if direct or by_word or block_m == 128:
+        options["maxnreg"] = max_registers(warps, resident)
     processors = processors_of(x.device)
-    if block_m <= _DECODE_ROWS:
+    if few:
         # Where a fourth block saves a round of tiles, it gets the room of a stage. An expert has about one tile.
         tiles = min(len(routing.tile_to_expert), experts) * n_tiles
-        if resident == 3 and 4 * cdiv(tiles, 4 * processors) < 0.8 * 3 * cdiv(tiles, 3 * processors):
+        if resident == 3 and not direct and 4 * cdiv(tiles, 4 * processors) < 0.8 * 3 * cdiv(tiles, 3 * processors):
             weight_stages, resident = 3, 4
         blocks = resident * processors
-        split = split_of(stages, units, blocks)
-        partial, count = split_k(x.device, units * split * 16 * warps * block_m, units) if split > 1 else (None, None)
+        shares = min(blocks // units, stages // _MIN_STAGES)
+        # A long K is worth the time that it takes to see how its last tiles are best shared; many rounds end about evenly.
+        if shares == 0 and stages >= 16 and tiles <= 4 * blocks:
+            partial, count = split_k(x.device, 4 * blocks * 16 * warps * block_m, blocks)
+        elif shares > 1:
+            shares = cdiv(stages, cdiv(stages, shares))  # no more than shorten the longest share
+            blocks = units * shares
+            partial, count = split_k(x.device, blocks * 16 * warps * block_m, units)
+        else:
+            blocks, partial, count = min(blocks, units), None, None
+        live = routing.permuted_idx_to_token if block_m > _DECODE_ROWS else None
         launch(
-            grouped_gemm_decode_kernel, (min(units * split, blocks),),
-            *operands, partial, count, *maps, stages // split, n_tiles, split, *strides,
-            STAGES=weight_stages, REDUCE=split > 1, **options,
+            grouped_gemm_decode_kernel, (blocks,),
+            *operands, live, partial, count, *maps, stages, n_tiles, shares, *strides,
+            STAGES=weight_stages, REDUCE=partial is not None, MIN_STAGES=_MIN_STAGES, **options,
         )  # fmt: skip
     else:
         long = block_m == _LONG_ROWS
@@ -700,6 +886,6 @@ def grouped_gemm(
         launch(
             kernel, (min(units, processors) if long else units,),
             *operands, routing.permuted_idx_to_token, *maps, stages, n_tiles, *strides,
-            WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **options,
+            WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **({} if long else {"BY_WORD": by_word}), **options,
         )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ from ..devices import arch_of
 from ..reference.linear import INVERSE_BASE
 from ..reference.moe_routing import Routing
 from . import moe_operand_hopper
-from .launch import launch, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 from .numerics import (
     block_scale,
     clamp_finite,
@@ -59,11 +59,11 @@ def _fp8_codes(values, scale, ARCH: tl.constexpr):
 
 @triton.jit
 def operand_kernel(
-    x, index, topk_weights, input_scale, tile_to_expert, out, out_scale, x_stride, K, block_m,
+    x, index, topk_weights, input_scale, tile_to_expert, out, out_scale, x_stride, K, width, block_m,
     MODE: tl.constexpr, SCATTER: tl.constexpr, TOP_K: tl.constexpr, COPIES: tl.constexpr, WEIGHTED: tl.constexpr,
     PER_EXPERT: tl.constexpr, REORDER: tl.constexpr, BLOCK: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """One row of x [rows, K] to `out` and its scale to `out_scale`.
+    """One row of x [rows, K] to `out` [.., width], with zeros behind it, and its scale to `out_scale`.
 
     SCATTER: row t goes to rows index[t, slot] for COPIES slots from program_id(1) on (none where negative). Otherwise it
     stays in its row, and is left out if index[row] is negative; without index every row is taken. REORDER: K in the order
@@ -110,7 +110,7 @@ def operand_kernel(
                 which = tl.load(tile_to_expert + row // block_m)
             g = reciprocal(one * tl.load(input_scale + which), False, ARCH)
             inverse_g = reciprocal(g, False, ARCH)
-        for start in range(0, K, BLOCK):
+        for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
             values = _load_row(x, column, K, weight, WEIGHTED)
             if MODE == "fp8_per_token":
@@ -132,7 +132,7 @@ def operand_kernel(
                 target = row
                 if SCATTER and COPIES > 1:
                     target = tl.load(index + slot + copy).to(tl.int64)
-                tl.store(out + target * K + column, values, mask=(column < K) & (target >= 0))
+                tl.store(out + target * width + column, values, mask=(column < width) & (target >= 0))
         if MODE == "nvfp4_per_token" or MODE == "fp8_per_token":
             for copy in range(COPIES):
                 target = row
@@ -144,6 +144,11 @@ def operand_kernel(
 def has_fp8_tensor_cores(arch: int) -> bool:
     """Whether e4m3 operands stay e4m3 up to the tensor cores: SM89 and newer (and the interpreter, arch 0)."""
     return arch == 0 or arch >= 89
+
+
+def whole_stages(k: int) -> int:
+    """Columns of an operand that the Hopper GEMMs read: their K goes in stages of 256."""
+    return cdiv(k, 256) * 256
 
 
 def operand(
@@ -161,7 +166,7 @@ def operand(
 
     `routing` with `permute`: x is [tokens, K], rows go to their permuted places, multiplied by `topk_weights` first if
     given. `routing` alone: x is permuted already, and padding rows are left out. Rows that nothing names stay unwritten.
-    `reorder`: K in the order of hopper.py; K is then a multiple of 128.
+    `reorder`: K in the order of hopper.py, with zeros up to `whole_stages(K)`.
     """
     arch = arch_of(x.device)
     rows, k = x.shape
@@ -174,7 +179,8 @@ def operand(
         tile_to_expert = routing.tile_to_expert
         top_k = routing.expanded_idx_to_permuted_idx.shape[1] if permute else 1
     out_rows = len(routing.permuted_idx_to_token) if routing is not None else rows
-    out = x.new_empty((out_rows, k), dtype=torch.uint8 if fp8 else x.dtype)
+    width = whole_stages(k) if reorder else k
+    out = x.new_empty((out_rows, width), dtype=torch.uint8 if fp8 else x.dtype)
     scale = x.new_empty((out_rows,), dtype=torch.float32) if per_token else None
     # A slot's own weight or scale makes its row differ from the token's other slots.
     slots_differ = permute and (topk_weights is not None or per_expert)
@@ -182,7 +188,7 @@ def operand(
     if hopper and routing is not None and scale is not None:
         moe_operand_hopper.operand_fp8(x, routing, out, scale, permute)
         return out.view(torch.float8_e4m3fn), scale
-    block = min(next_power_of_2(k), _MAX_BLOCK)
+    block = min(next_power_of_2(width), _MAX_BLOCK)
     launch(
         operand_kernel,
         (rows, top_k if slots_differ else 1),
@@ -195,6 +201,7 @@ def operand(
         scale,
         x.stride(0),
         k,
+        width,
         block_m,
         MODE=activation,
         SCATTER=permute,

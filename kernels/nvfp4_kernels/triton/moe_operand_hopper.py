@@ -41,11 +41,11 @@ def _layout(registers, lanes, block, share, warps):
 
 @gluon.jit(do_not_specialize=["count"])
 def operand_fp8_kernel(
-    x_ptr, index_ptr, q_ptr, scale_ptr, stride, count, K,
+    x_ptr, index_ptr, q_ptr, scale_ptr, stride, count, K, width,
     SCATTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, SHARE: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Rows of x to e4m3 and their decode scales. K is a multiple of 128 and at most BLOCK.
+    """Rows of x to e4m3, zeros behind them up to `width`, and their decode scales. `width` is a multiple of 128, at most BLOCK.
 
     SCATTER: x is [count, K]; its row t goes to rows index[t, :] (none where negative). Otherwise rows index[0 .. count] of x
     stay in their places. What the division and a NaN do is told in activation_hopper.py.
@@ -84,8 +84,8 @@ def operand_fp8_kernel(
     for slot in gl.static_range(TOP_K):
         target = gl.load(index_ptr + to_row * TOP_K + slot, mask=in_range, other=-1)
         named = target >= 0
-        to = target.to(gl.int64)[:, None] * K + to_column[None, :]
-        gl.store(q_ptr + to, q, mask=named[:, None] & (to_column < K)[None, :])
+        to = target.to(gl.int64)[:, None] * width + to_column[None, :]
+        gl.store(q_ptr + to, q, mask=named[:, None] & (to_column < width)[None, :])
         gl.store(scale_ptr + target, gl.convert_layout(scale, gl.SliceLayout(1, REORDERED)), mask=named)
 
 
@@ -104,7 +104,7 @@ def operand_fp8(x: torch.Tensor, routing: Routing, out: torch.Tensor, scale: tor
     """As `moe_operand.operand` for "fp8_per_token" with `reorder` and without router weights, into out uint8 and scale."""
     index = routing.expanded_idx_to_permuted_idx
     count, top_k = index.shape if permute else (index.numel(), 1)
-    shape = shape_of(x.shape[1], permute)
+    shape = shape_of(out.shape[1], permute)
     launch(
         operand_fp8_kernel,
         (cdiv(count, shape["ROWS"]),),
@@ -115,6 +115,7 @@ def operand_fp8(x: torch.Tensor, routing: Routing, out: torch.Tensor, scale: tor
         x.stride(0),
         count,
         x.shape[1],
+        out.shape[1],
         SCATTER=permute,
         TOP_K=top_k,
         **shape,
