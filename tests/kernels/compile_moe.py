@@ -156,7 +156,7 @@ def compile_hopper(
     """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"; direct: scales without bulk copies."""
     fp8 = x == "fp8e4nv"
     warps, weight_stages, x_stages, resident = moe_gemm_hopper.tiling(block_m, fp8)
-    small = x_stages == 0
+    small = block_m <= moe_gemm_hopper._DECODE_ROWS
     kernel = moe_gemm_hopper.grouped_gemm_kernel
     if small:
         kernel = moe_gemm_hopper.grouped_gemm_decode_kernel

@@ -593,7 +593,7 @@ def _share_of(unit, whole, split, stages, REDUCE: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["n_tiles", "shares"])
 def grouped_gemm_decode_kernel(
-    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, partial_ptr,
+    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, partial_ptr,
     count_ptr, tile_to_expert, offsets, N, pairs, out_stride, k_stages, n_tiles, shares, experts, row_expert, row_stride,
     input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr,
@@ -752,7 +752,7 @@ def grouped_gemm_decode_kernel(
                 last, acc = sum_parts(acc, partial_ptr, count_ptr, tile - whole, unit - whole, split, BN, BM, WARPS)
         if last:
             _finish(
-                acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0,
+                acc, factor, out_ptr, token_ptr, bias_ptr, None, expert, row, n_tile, m0,
                 N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
         tile = tile_next
@@ -772,12 +772,11 @@ def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str
 
 
 _DECODE_ROWS = 32  # tiles up to which the kernel for few rows serves
-_SHORT_ROWS = 0  # and with K of one stage
 _LONG_ROWS = 256
 _MIN_STAGES = 2  # of a part of K
 
 
-def tiling(block_m: int, fp8: bool, stages: int = 8) -> tuple[int, int, int, int]:
+def tiling(block_m: int, fp8: bool) -> tuple[int, int, int, int]:
     """(warps, weight stages, x stages, blocks of a multiprocessor) of a tile of `block_m` rows.
 
     The small ones have stages of weights and x together.
@@ -785,8 +784,6 @@ def tiling(block_m: int, fp8: bool, stages: int = 8) -> tuple[int, int, int, int
     if block_m <= _DECODE_ROWS:
         x_size = block_m if fp8 else 2 * block_m
         return 4, 4 if x_size <= 32 else 3, 0, 4 if x_size <= 16 else 3 if x_size <= 32 else 2
-    if stages == 1 and block_m <= _SHORT_ROWS:
-        return 8, 3 if block_m == 64 else 2, 0, 2
     if block_m == _LONG_ROWS:
         return 8, 3, 4, 1
     return 8, 2, 3 if block_m == 128 else 4, 2
@@ -811,13 +808,13 @@ def grouped_gemm(
     act_fn: str | None = None,
     operand_order: bool = False,
 ) -> torch.Tensor:
-    """As `moe_gemm.grouped_gemm` for x in permuted rows and in the order of hopper.py along K."""
+    """As `moe_gemm.grouped_gemm` for x in permuted rows and in the order of hopper.py along K, zeros up to `whole_stages(K)`."""
     experts, n, half_k = weights.data.shape
     gated_act = act_fn is not None and act_fn not in UNGATED
     fp8 = x.dtype == torch.float8_e4m3fn
     stages = cdiv(half_k, 128)
-    warps, weight_stages, x_stages, resident = tiling(block_m, fp8, stages)
-    few = x_stages == 0
+    warps, weight_stages, x_stages, resident = tiling(block_m, fp8)
+    few = block_m <= _DECODE_ROWS
     box = 32 if few else 16  # words of a row in a bulk copy
     columns = 8 * warps if gated_act else 16 * warps
     width = n // 2 if gated_act else n
@@ -874,10 +871,9 @@ def grouped_gemm(
             partial, count = split_k(x.device, blocks * 16 * warps * block_m, units)
         else:
             blocks, partial, count = min(blocks, units), None, None
-        live = routing.permuted_idx_to_token if block_m > _DECODE_ROWS else None
         launch(
             grouped_gemm_decode_kernel, (blocks,),
-            *operands, live, partial, count, *maps, stages, n_tiles, shares, *strides,
+            *operands, partial, count, *maps, stages, n_tiles, shares, *strides,
             STAGES=weight_stages, REDUCE=partial is not None, MIN_STAGES=_MIN_STAGES, **options,
         )  # fmt: skip
     else:
