@@ -808,7 +808,7 @@ def grouped_gemm(
     act_fn: str | None = None,
     operand_order: bool = False,
 ) -> torch.Tensor:
-    """As `moe_gemm.grouped_gemm` for x in permuted rows and in the order of hopper.py along K, zeros up to `whole_stages(K)`."""
+    """As `moe_gemm.grouped_gemm` for x [rows, whole_stages(K)] in permuted rows, in the order of hopper.py along K."""
     experts, n, half_k = weights.data.shape
     gated_act = act_fn is not None and act_fn not in UNGATED
     fp8 = x.dtype == torch.float8_e4m3fn
