@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +63,54 @@ def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
             assert (decoded - together).square().mean().sqrt() < high, activation
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_no_request_waits_for_a_compiler(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "eager"), [("llama", True), ("qwen3_moe", True), ("llama", False)])
+def test_no_request_waits_for_a_compiler(kind: str, eager: bool, tmp_path: Path) -> None:
     folder = save(_model(kind, max_position_embeddings=2048), "bf16", tmp_path)
     settings: dict[str, Any] = {
         "dtype": "bfloat16",
-        "enforce_eager": True,
+        "enforce_eager": eager,
         "kv_cache_memory_bytes": 1 << 28,
         "max_model_len": 2048,
         "max_num_batched_tokens": 2048,
         "jit_monitor_mode": "error",  # of vLLM: whatever is compiled once the engine has started raises
     }
+    if not eager:
+        settings["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4]}
     with engine(folder, **settings) as llm:
         for length in (1, 3, 7, 12, 30, 50, 100, 200, 500, 1000, 1900):
             assert logprobs(llm, [3 + i % 200 for i in range(length + 1)]).isfinite().all()
+
+
+# Of two decoder layers, in the graphs that vLLM compiles: before, between and after their attention.
+FUSED = {
+    "llama": [
+        {"rms_norm_linear": 1},
+        {"add_rms_norm_linear": 2, "silu_and_mul_linear": 1},
+        {"add_rms_norm_linear": 1, "silu_and_mul_linear": 1},
+    ],
+    "qwen3_moe": [{"rms_norm_linear": 1}, {"add_rms_norm_linear": 1}, {}],
+}
+
+
+@pytest.mark.parametrize("kind", list(FUSED))
+def test_norms_and_silu_are_fused(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor.utils import fresh_cache
+
+    settings: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 28}
+    folder = save(_model(kind), "bf16", tmp_path)
+    options = {"activation": "fp8_per_token"}
+    with engine(folder, options, **settings) as llm:
+        eager = logprobs(llm, PROMPT)
+    log = logging.getLogger("nvfp4_plugin")
+    log.addHandler(caplog.handler)
+    log.setLevel(logging.INFO)
+    settings |= {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}
+    with fresh_cache(), engine(folder, options, **settings) as llm:
+        error = (logprobs(llm, PROMPT) - eager).square().mean().sqrt()
+    log.removeHandler(caplog.handler)
+    log.setLevel(logging.NOTSET)
+    lines = [message for message in caplog.messages if "with what comes before them" in message]
+    found = [{name: int(count) for count, name in re.findall(r"(\d+) (\w+_linear)", line)} for line in lines]
+    assert found == FUSED[kind]
+    # Roundings to 16 bits and to e4m3 fall out differently here and there.
+    assert error < 0.1
