@@ -57,6 +57,7 @@ _QUANTIZE = {
     "CHUNKS": 2,
     "SHARED": False,
     "PAD_WORDS": 1024,
+    "DECODE": False,
 }
 
 
@@ -75,6 +76,7 @@ def _quantize(name: str, x: str = "*bf16", warps: int = 4, **constants: Any) -> 
 ROWS = (
     _quantize("quantize per token"),
     _quantize("quantize per tensor", PER_TOKEN=False, CHUNKS=1, warps=2),
+    _quantize("quantize per tensor by decode scales", PER_TOKEN=False, CHUNKS=1, warps=2, LAYOUT=2, DECODE=True),
     _quantize("quantize per token fp16 linear", x="*fp16", LAYOUT=2),
     _quantize("quantize per token fp8", x="*u8", LAYOUT=1),
     _quantize("quantize few rows", BLOCKS=128, CHUNKS=7, SHARED=True, warps=8),

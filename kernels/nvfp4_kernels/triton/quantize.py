@@ -135,7 +135,7 @@ def quantize_kernel(
     x, a_global_sf, index, named, x_q, sf, token_scale, m, out_rows, pad_start, blocks, padded_blocks, x_stride, g_stride,
     LAYOUT: tl.constexpr, PER_TOKEN: tl.constexpr, SHUFFLE: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
     TOP_K: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
-    CHUNKS: tl.constexpr, SHARED: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr, DECODE: tl.constexpr = False,
+    CHUNKS: tl.constexpr, SHARED: tl.constexpr, PAD_WORDS: tl.constexpr, ARCH: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """x [m, K] (or [m, 2K] with SILU) to x_q [out_rows, K/2], its scales in sf and token_scale [out_rows].
 
