@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
+from compile_rows import ptxas_says
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
@@ -68,16 +66,6 @@ def wgmma_operands(x: str, bn: int, bm: int, columns: int) -> dict[str, str]:
         "out_ptr": "*fp16" if x == "fp16" else "*bf16",
         "bias_ptr": "*bf16",
     }
-
-
-def assembled(ptx: str) -> str:
-    """What ptxas says of code for Hopper: registers, spills, wgmma that it had to serialize."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 def rows() -> list[tuple[Any, ...]]:
@@ -153,6 +141,6 @@ if __name__ == "__main__":
     compiled = []
     for name, kernel, types, constants, arch, warps, gluon in rows():
         one = build(kernel, types, constants, arch, warps, gluon)
-        log = assembled(one.asm["ptx"]) if name.startswith(("large", "medium")) else ""
+        log = ptxas_says(one.asm["ptx"]) if name.startswith(("large", "medium")) else ""
         compiled.append({"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared, "log": log})
     json.dump(compiled, sys.stdout)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import triton.backends.nvidia
-from compile_rows import Row, compile_row
+from compile_rows import Row, compile_row, ptxas_says
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import compile as triton_compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -139,15 +138,6 @@ def resource_usage(compiled: Any) -> dict[str, int]:
         command = [str(tool), "--dump-resource-usage", cubin.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-
-
-def ptxas_says(ptx: str) -> str:
-    """What ptxas reports of a Hopper kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def compile_hopper(

@@ -151,6 +151,18 @@ def compile_row(row: Row, arch: int) -> dict[str, Any]:
     return {"name": row.name, "arch": arch, "ptx": compiled.asm["ptx"], **numbers}
 
 
+def ptxas_says(ptx: str) -> str:
+    """What Triton's ptxas for Hopper reports of a kernel: registers, spills, wgmma that it had to serialize."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
 if __name__ == "__main__":
     rows = {row.name: row for row in ROWS}
     wanted = json.loads(sys.argv[1]) if len(sys.argv) > 1 else [[name, arch] for name in rows for arch in ARCHS]
