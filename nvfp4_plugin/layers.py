@@ -92,10 +92,13 @@ def quantize_experts(
     scale_search: str,
     describe: Describe = str,
     reduce_max: ReduceMax | None = None,
+    load: Callable[[int], None] | None = None,
 ) -> Nvfp4Weight:
-    """`quantize_linear` for a stack of experts [E, N, K], one logical matrix at a time: nothing of the stack is copied.
+    """`quantize_linear` for a stack of experts [E, N, K], one expert after the other: nothing of the stack is copied.
 
     parts: the logical matrices of a local expert, by its index.
+    reduce_max: is called once for each expert, in their order.
+    load: is called with an expert's index before that expert is read, for a stack that holds one expert at a time (stride 0).
     """
     return _quantize_stack(
         weight,
@@ -104,6 +107,7 @@ def quantize_experts(
         scale_search=scale_search,
         describe=describe,
         reduce_max=reduce_max,
+        load=load,
         stacked=True,
     )
 
@@ -116,6 +120,7 @@ def _quantize_stack(
     scale_search: str,
     describe: Describe,
     reduce_max: ReduceMax | None,
+    load: Callable[[int], None] | None = None,
     stacked: bool,
 ) -> Nvfp4Weight:
     experts, n, k = weight.shape
@@ -123,16 +128,18 @@ def _quantize_stack(
     scales = torch.empty(experts, n, k // GROUP_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
     rows = list(_row_slices(widths))
     assert sum(widths) == n, (widths, n)
-    matrices = [(expert, part) for expert in range(experts) for part in range(len(widths))]
-    shared = None
-    if reduce_max is not None:
-        shared = _decode_scales([weight[expert, rows[part]] for expert, part in matrices], scale_search, reduce_max)
     global_scales = []
-    for i, (expert, part) in enumerate(matrices):
-        where = expert, rows[part]
-        scale = None if shared is None else shared[i]
-        tensor = describe(f"{parts[expert][part]}.weight")
-        global_scales.append(_quantize_into(data[where], scales[where], weight[where], scale, scale_search, tensor))
+    for expert in range(experts):
+        if load is not None:
+            load(expert)
+        shared = None
+        if reduce_max is not None:
+            shared = _decode_scales([weight[expert, part] for part in rows], scale_search, reduce_max)
+        for i, part in enumerate(rows):
+            where = expert, part
+            scale = None if shared is None else shared[i]
+            tensor = describe(f"{parts[expert][i]}.weight")
+            global_scales.append(_quantize_into(data[where], scales[where], weight[where], scale, scale_search, tensor))
     per_part = torch.stack(global_scales).view(experts, len(widths))
     return _assemble(data, scales, per_part, widths, stacked)
 

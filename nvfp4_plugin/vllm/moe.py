@@ -4,7 +4,9 @@ holds a slice of each expert, with expert parallelism some experts whole (`exper
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -229,7 +231,12 @@ _load_scalar.supports_moe_loading = True  # type: ignore[attr-defined]
 
 
 class Nvfp4OnlineMoEMethod(_MoEMethod):
-    """Experts whose plain weights are quantized as soon as a layer's are whole; until then they take no memory."""
+    """Experts whose plain weights are quantized, one by one, as soon as a layer's have come; until then they take no memory.
+
+    vLLM collects what the checkpoint holds for a layer, without copying it, makes memory for the layer's parameters, and loads.
+    Here a parameter has the shape of all experts and the memory of one (stride 0), and loading an expert waits until its turn
+    to be quantized: ranks with shards of the same experts take them in the same order, whatever the order they came in.
+    """
 
     uses_meta_device = True
 
@@ -243,29 +250,98 @@ class Nvfp4OnlineMoEMethod(_MoEMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         self._set_up(layer, hidden_size, intermediate_size_per_partition, params_dtype)
+        self._loads = _no_loads()
+        # vLLM's dummy loader cannot draw numbers for experts that share their memory, but fill it: see `_draw`.
+        attrs = {**extra_weight_attrs, "weight_loader": MethodType(_load_later, layer), "dummy_weight_value": 0.0}
         for prefix, k in (("w13", hidden_size), ("w2", intermediate_size_per_partition)):
-            data = torch.empty(num_experts, sum(self._widths[prefix]), k, dtype=params_dtype, device="meta")
-            weight = torch.nn.Parameter(data, requires_grad=False)
+            data = torch.empty(1, sum(self._widths[prefix]), k, dtype=params_dtype, device="meta")
+            weight = torch.nn.Parameter(data.expand(num_experts, -1, -1), requires_grad=False)
             layer.register_parameter(f"{prefix}_weight", weight)
-            set_weight_attrs(weight, extra_weight_attrs)
+            set_weight_attrs(weight, attrs)
         with torch.device("meta"):
             self._biases(layer, num_experts, params_dtype, extra_weight_attrs)
         initialize_online_processing(layer)
+
+    def load_later(self, prefix: str, expert: int, load: Callable[[], Any]) -> None:
+        """Call `load` when `expert`, a local one, is about to be quantized."""
+        self._loads[prefix][expert].append(load)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         self.plan.warn_unmatched()
-        check_loaded(layer, layer.layer_name, self._dummy)
+        loads, self._loads = self._loads, _no_loads()
+        dummy = self._dummy and not any(loads.values())
+        check_loaded(layer, layer.layer_name, dummy)
         for prefix, widths in self._widths.items():
-            # One expert after the other, and w13's plain copy is gone before w2 gets its turn.
+            stack = getattr(layer, f"{prefix}_weight").data
             weight = layers.quantize_experts(
-                getattr(layer, f"{prefix}_weight").data,
+                stack,
                 widths,
                 self._parts(layer, prefix),
                 scale_search=self.plan.options.scale_search,
                 describe=self.plan.describe,
                 reduce_max=(lambda amax: amax_for_moe_weight_quant(amax, self.moe.tp_size)) if self.moe.tp_size > 1 else None,
+                load=_draw(stack[0]) if dummy else _load(stack[0], loads[prefix]),
             )
             self._install(layer, prefix, weight, None)
         self._finish(layer)
+
+
+def _no_loads() -> dict[str, dict[int, list[Callable[[], Any]]]]:
+    return {"w13": defaultdict(list), "w2": defaultdict(list)}
+
+
+def _load(memory: torch.Tensor, loads: dict[int, list[Callable[[], Any]]]) -> Callable[[int], None]:
+    """Loads an expert into `memory` [N, K]."""
+
+    def load(expert: int) -> None:
+        memory.fill_(float("nan"))  # what does not come is refused, and not taken from the expert before
+        for call in loads.pop(expert, ()):
+            call()
+
+    return load
+
+
+def _draw(memory: torch.Tensor) -> Callable[[int], None]:
+    """Fills `memory` with what vLLM's dummy loader gives other weights."""
+    generator = torch.Generator(device=memory.device).manual_seed(0)
+
+    def draw(expert: int) -> None:
+        memory.uniform_(-1e-3, 1e-3, generator=generator)
+
+    return draw
+
+
+def _load_later(
+    layer: Layer,
+    param: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    """The layer's own weight loader, put off where there is memory for one expert at a time.
+
+    vLLM calls it on a meta tensor first, to count what it loads, and on a layer's real parameters once all has come. What may
+    follow after that are the experts of other ranks, which the layer's loader passes over.
+
+    A method of the layer: see `linear._load_plain`.
+    """
+    local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+    if param.is_meta or local == -1 or not param.is_floating_point():
+        return layer.weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+    prefix = "w2" if param is layer.w2_weight else "w13"
+    # A tensor of all experts is taken apart: the layer's loader would write each over the one before.
+    parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {local: (param, loaded_weight)}
+    if loaded_weight.dim() == 3:
+        parts = {i: (param[:1], loaded_weight[i : i + 1]) for i in range(param.shape[0])}
+    for expert, (memory, part) in parts.items():
+        layer.quant_method.load_later(
+            prefix, expert, partial(layer.weight_loader, memory, part, weight_name, shard_id, expert_id)
+        )
+    return True if return_success else None
+
+
+_load_later.supports_moe_loading = True  # type: ignore[attr-defined]

@@ -135,6 +135,102 @@ def _places(llm: Any) -> dict[str, tuple[int, int]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Experts
+
+BLOCKS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
+def _fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights with all experts of a block in one tensor, gate and up in another one below each other."""
+    fused = {name: t for name, t in weights.items() if ".experts." not in name}
+    for block in BLOCKS:
+        gate, up, down = (
+            torch.stack([weights[f"{block}.{e}.{p}_proj.weight"] for e in range(8)]) for p in ("gate", "up", "down")
+        )
+        fused |= {f"{block}.gate_up_proj": torch.cat([gate, up], dim=1), f"{block}.down_proj": down}
+    return fused
+
+
+def _check_experts(layer: torch.nn.Module, weights: dict[str, torch.Tensor], block: str) -> None:
+    """Equality, to the bit, of a layer's experts with their matrices quantized one by one."""
+
+    def expected(projection: str) -> list[Any]:
+        return [quantize_weight(weights[f"{block}.{expert}.{projection}_proj.weight"]) for expert in range(8)]
+
+    for prefix, projections in (("w13", ("gate", "up")), ("w2", ("down",))):
+        parts = [expected(projection) for projection in projections]
+        data = torch.stack([torch.cat([w.data for w in expert]) for expert in zip(*parts, strict=True)])
+        scales = torch.stack([torch.cat([w.scales.view(torch.uint8) for w in expert]) for expert in zip(*parts, strict=True)])
+        decode = [torch.cat([w.global_scale.expand(len(w.data)) for w in expert]) for expert in zip(*parts, strict=True)]
+        got = getattr(layer, f"{prefix}_weight_decode_scale")
+        assert torch.equal(getattr(layer, f"{prefix}_weight"), data)
+        assert torch.equal(getattr(layer, f"{prefix}_weight_scale").view(torch.uint8), scales)
+        assert torch.equal(got if got.dim() == 2 else got[:, None].expand(-1, data.shape[1]), torch.stack(decode))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_equal_their_matrices_quantized_alone(fused: bool, tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    with engine(model.save(tmp_path, _fused(model.weights) if fused else None)) as llm:
+        for block in BLOCKS:
+            _check_experts(modules(llm)[f"{block}.routed_experts"], model.weights, block)
+
+
+def test_experts_come_again_in_any_order_and_in_tensors_of_all_experts(checkpoint) -> None:
+    """What vLLM's models do with a layer's loaders, which they find in its parameters."""
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+
+    other, block = tiny_model("qwen3_moe", seed=1).weights, BLOCKS[1]
+    projections = [("w1", "gate"), ("w3", "up"), ("w2", "down")]
+
+    def load(layer: torch.nn.Module, shard: str, weight: torch.Tensor, expert: int) -> None:
+        name = "w2_weight" if shard == "w2" else "w13_weight"
+        parameter = getattr(layer, name)
+        assert parameter.weight_loader(parameter, weight, name, shard_id=shard, expert_id=expert, return_success=True)
+
+    def one_by_one(layer: torch.nn.Module) -> None:
+        for expert in (5, 2, 7, 0, 1, 6, 4, 3):
+            for shard, projection in reversed(projections):
+                load(layer, shard, other[f"{block}.{expert}.{projection}_proj.weight"], expert)
+
+    def at_once(layer: torch.nn.Module) -> None:
+        for shard, projection in projections:
+            load(layer, shard, torch.stack([other[f"{block}.{e}.{projection}_proj.weight"] for e in range(8)]), 0)
+
+    with engine(checkpoint("qwen3_moe", "bf16")) as llm:
+        layer = modules(llm)[f"{block}.routed_experts"]
+        for come in (one_by_one, at_once):
+            for codes in (layer.w13_weight, layer.w2_weight):
+                codes.zero_()
+            initialize_layerwise_reload(layer)
+            assert layer.w13_weight.is_meta
+            come(layer)
+            finalize_layerwise_reload(layer, llm.llm_engine.vllm_config.model_config)
+            _check_experts(layer, other, block)
+
+        def one_twice(layer: torch.nn.Module) -> None:
+            """And another never: as many values as there should be."""
+            for expert in range(8):
+                for shard, projection in projections:
+                    source = 5 if (expert, shard) == (6, "w2") else expert
+                    load(layer, shard, other[f"{block}.{source}.{projection}_proj.weight"], source)
+
+        initialize_layerwise_reload(layer)
+        with pytest.raises(ValueError, match=rf"{block}.6.down_proj.weight.*: .* values are NaN"):
+            one_twice(layer)
+
+
+def test_dummy_experts_can_be_loaded_over(checkpoint) -> None:
+    folder, weights = checkpoint("qwen3_moe", "bf16"), tiny_model("qwen3_moe").weights
+    with engine(folder, load_format="dummy") as llm:
+        layer = modules(llm)[f"{BLOCKS[0]}.routed_experts"]
+        assert not torch.equal(layer.w13_weight[0], layer.w13_weight[1])
+        llm.llm_engine.vllm_config.load_config.load_format = "auto"
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        _check_experts(layer, weights, BLOCKS[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
 
@@ -170,23 +266,26 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_peak_memory_is_the_quantized_model_and_one_plain_layer(kind: str, tmp_path: Path) -> None:
+def test_peak_memory_is_the_quantized_model_and_one_plain_layer_or_expert(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
+    if not torch.accelerator.is_available():
+        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's worker for CPUs does
     model = tiny_model(
-        kind, hidden_size=512, intermediate_size=2048, moe_intermediate_size=256, num_experts=8, num_hidden_layers=4
+        kind, hidden_size=512, intermediate_size=2048, moe_intermediate_size=256, num_experts=16, num_hidden_layers=4
     )
     folder = model.save(tmp_path)
     arguments = {**SETTINGS, "dtype": "bfloat16", "additional_config": {"nvfp4": {"scale_search": "absmax"}}}
     config = EngineArgs(model=str(folder), **arguments).create_engine_config()
-    mlp = [
-        t for name, t in model.weights.items() if name.startswith("model.layers.0.mlp") and not name.endswith(".gate.weight")
-    ]
-    # A dense block is two layers, of which gate and up are the larger one; the experts of a block are one.
-    largest = _bytes(*(t for t in mlp if t.shape[0] == 2048) if kind == "llama" else mlp)
+    experts = [t for name, t in model.weights.items() if ".layers.0.mlp.experts." in name]
+    # A dense block is two layers, of which gate and up are the larger one. An expert is three matrices.
+    gate_up = [t for name, t in model.weights.items() if ".layers.0.mlp." in name and t.shape[0] == 2048]
+    largest = _bytes(*(experts[:3] or gate_up))
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)
@@ -199,6 +298,7 @@ def test_peak_memory_is_the_quantized_model_and_one_plain_layer(kind: str, tmp_p
             allowed = final + largest + (1 << 20)
             assert final < 0.45 * plain
             assert allowed < 0.8 * plain  # or the bound would mean nothing
+            assert not experts or allowed - final < 0.2 * _bytes(*experts)
             assert live.peak <= allowed
         finally:
             cleanup_dist_env_and_memory()

@@ -18,7 +18,7 @@ def one_rank(checkpoint) -> torch.Tensor:
         return logprobs(llm, PROMPT)
 
 
-@pytest.mark.parametrize(("form", "experts"), [("bf16", True), ("compressed_tensors", False)])
+@pytest.mark.parametrize(("form", "experts"), [("bf16", True), ("bf16", False), ("compressed_tensors", False)])
 def test_two_ranks_equal_one(form: str, experts: bool, one_rank: torch.Tensor, checkpoint) -> None:
     folder = checkpoint("qwen2_moe", form)
     with engine(folder, OPTIONS, tensor_parallel_size=2, enable_expert_parallel=experts) as llm:
