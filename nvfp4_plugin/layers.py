@@ -6,15 +6,21 @@ A fused layer (qkv, gate and up) keeps the global scale of each of its logical m
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from nvfp4_configs import Nvfp4Config
 from nvfp4_kernels import Nvfp4Weight, quantize_weight
+from nvfp4_kernels.dispatch import backends
 from nvfp4_kernels.formats import E2M1_MAX, GROUP_SIZE
 from nvfp4_kernels.reference.weight import SCALE_BASE
 
 from .checkpoint import TensorNames
+
+logger = logging.getLogger("nvfp4_plugin")
 
 ReduceMax = Callable[[torch.Tensor], torch.Tensor]
 """Takes amax values, fp32, to their maximum over the ranks that hold shards of the same matrix."""
@@ -31,6 +37,19 @@ def check_input_size(name: str, k: int, ranks: int = 1) -> None:
             f"{name}: K is {k}{shard}, NVFP4 needs a multiple of {GROUP_SIZE}; {remedy} the layer to `ignore` "
             "to leave it unquantized"
         )
+
+
+def experts_backend(options: Nvfp4Config) -> str:
+    """The backend of a model's experts: that of its options, or "cuda" where that has dense layers alone."""
+    if options.backend in backends("fused_moe"):
+        return options.backend
+    _log_once(f"experts are served by the backend 'cuda': {options.backend!r} has dense layers alone")
+    return "cuda"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ channel = st.none() | st.fixed_dictionaries(
         "activation": st.sampled_from(ACTIVATIONS),
         "scale_search": st.sampled_from(["mse", "four_over_six", "absmax"]),
         "sf_layout": st.sampled_from(["layout_128x4", "layout_8x4", "layout_linear"]),
-        "backend": st.sampled_from(["cuda", "reference", "cute-dsl", "flashinfer"]),
+        "backend": st.sampled_from(["cuda", "reference", "cublas", "cute-dsl", "flashinfer"]),
         "ignore": st.lists(st.sampled_from(["lm_head", "*.gate", "re:.*mtp.*"])),
         "lm_head": st.booleans(),
     },

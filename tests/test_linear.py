@@ -120,7 +120,9 @@ X = torch.randn(4, 32, dtype=torch.bfloat16)
         (lambda: nvfp4_linear(X.double(), WEIGHT), TypeError, "x: got dtype float64"),
         (lambda: nvfp4_linear(X.to("meta"), WEIGHT), ValueError, "x: it is on meta, allowed is the weight's device cpu"),
         (lambda: nvfp4_linear(X, WEIGHT, bias=torch.zeros(7)), ValueError, r"bias: got shape \[7\], allowed is \[8\]"),
-        (lambda: nvfp4_linear(X, WEIGHT, backend="flashinfer"), ValueError, "'flashinfer' quantizes activations alone"),
+        (lambda: nvfp4_linear(X, WEIGHT, backend="cutlass"), ValueError, "got 'cutlass' for linear, allowed are .*'cublas'"),
+        (lambda: nvfp4_linear(X, WEIGHT, backend="cublas"), ValueError, "'cublas' cannot serve this call: .* on cpu"),
+        (lambda: nvfp4_linear(X, WEIGHT, backend="flashinfer"), ValueError, "'flashinfer' cannot serve this call: .* on cpu"),
         (lambda: nvfp4_linear(X, quantize_weight(torch.randn(1, 8, 32))), ValueError, r"weight: got shape \[1, 8, 32\]"),
     ],
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from checkpoints import FORMS, MODELOPT_IGNORE, save, tiny_model
 
+from nvfp4_configs import Nvfp4Config
+from nvfp4_plugin import layers
 from nvfp4_plugin.checkpoint import CheckpointIndex
 from nvfp4_plugin.plan import QuantizationPlan, expert_parts, is_router
 
@@ -109,3 +111,15 @@ def test_index_knows_tensors_and_files(form: str, tmp_path: Path) -> None:
     assert index.holds("lm_head")
     assert not index.is_quantized("lm_head")
     assert CheckpointIndex.find("no-such-organisation/no-such-model") is None
+
+
+def test_experts_have_the_backend_that_serves_them(caplog: pytest.LogCaptureFixture) -> None:
+    layers._log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "nvfp4_plugin"):
+        assert layers.experts_backend(Nvfp4Config(backend="reference")) == "reference"
+        assert not caplog.records
+        for _ in range(2):
+            assert layers.experts_backend(Nvfp4Config(backend="cublas")) == "cuda"
+    assert [record.message for record in caplog.records] == [
+        "experts are served by the backend 'cuda': 'cublas' has dense layers alone"
+    ]

@@ -238,7 +238,7 @@ G = torch.ones(1)
         (
             lambda: nvfp4_quantize(X, G, backend="cutlass"),
             ValueError,
-            "backend: got 'cutlass', allowed are 'cuda', 'reference'",
+            "backend: got 'cutlass' for quantize, allowed are 'cuda', 'reference'",
         ),
         (lambda: nvfp4_quantize(X, G, backend="cute-dsl"), ValueError, "'cute-dsl' cannot serve this call: .* on cpu"),
         (

@@ -17,7 +17,7 @@ from nvfp4_configs.patterns import PackedModules, check_pattern, matches_any, un
 Activation = Literal["auto", "nvfp4_per_token", "nvfp4_per_tensor", "fp8_per_token", "none"]
 ScaleSearch = Literal["mse", "four_over_six", "absmax"]
 ScaleLayout = Literal["layout_128x4", "layout_8x4", "layout_linear"]
-Backend = Literal["cuda", "reference", "cute-dsl", "flashinfer"]
+Backend = Literal["cuda", "reference", "cublas", "cute-dsl", "flashinfer"]
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 CONFIG_ENV = "NVFP4_CONFIG"
@@ -45,7 +45,7 @@ class Nvfp4Config(BaseModel):
     """Memory layout of the activations' block scales between the quantizer and a GEMM."""
     backend: Backend = "cuda"
     """`cuda`: this library's kernels (their torch twins for CPU tensors); `reference`: the torch twins on any device;
-    `cute-dsl`, `flashinfer`: FlashInfer's own kernels, on SM100 or newer."""
+    `cublas`, `cute-dsl`, `flashinfer`: cuBLAS's and FlashInfer's kernels for W4A4 dense layers, on SM100 or newer."""
     ignore: tuple[Pattern, ...] = ()
     """Modules left in the checkpoint's precision: names, globs or `re:` expressions (`nvfp4_configs.patterns`)."""
     lm_head: StrictBool = False

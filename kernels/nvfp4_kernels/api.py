@@ -1,7 +1,8 @@
 """The public functions: they check their arguments and call the torch ops of `ops.py`.
 
 Tensors stay on their device. `backend`: "cuda" runs this library's GPU kernels (the torch reference for CPU tensors),
-"reference" the torch twin on any device, "cute-dsl" and "flashinfer" FlashInfer's own quantizer on SM100 and newer.
+"reference" the torch twin on any device; on SM100 and newer "cute-dsl" and "flashinfer" FlashInfer's own quantizer and GEMM,
+"cublas" torch's GEMM.
 The numbers are the strict ones (equal to FlashInfer's with FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH=1) unless
 NVFP4_FAST_MATH=1 is set when the library is imported.
 """
@@ -107,7 +108,7 @@ def nvfp4_quantize(
     The value of an element is e2m1 * SF / a_global_sf, or e2m1 * SF * per_token_scale.
     """
     _check_matrix("a", a, GROUP_SIZE)
-    check_backend(backend)
+    check_backend(backend, "quantize")
     layout = _check_layout(sfLayout)
     if sf_vec_size != GROUP_SIZE:
         hint = " (blocks of 32 are the mxfp4 format, which this function does not write)" if sf_vec_size == 32 else ""
@@ -150,8 +151,7 @@ def nvfp4_permute_quantize(
         raise ValueError(f"expanded_idx_to_permuted_idx: got {index.shape[0]} tokens, allowed is x's {x.shape[0]}")
     if rows < 0:
         raise ValueError(f"rows: got {rows}, allowed are 0 and above")
-    if backend not in ("cuda", "reference"):
-        raise ValueError(f"backend: got {backend!r}, allowed are 'cuda' and 'reference'")
+    check_backend(backend, "permute_quantize")
     scale = _scalar_or_rows("a_global_sf", a_global_sf, x, 1)
     return ops.permute_quantize(x, index, rows, scale, int(layout), FAST_MATH, backend)
 
@@ -171,8 +171,7 @@ def silu_and_mul_nvfp4_quantize(
     """
     _check_matrix("x", x, 2 * GROUP_SIZE, (torch.float16, torch.bfloat16))
     layout = _check_layout(sfLayout)
-    if backend not in ("cuda", "reference"):
-        raise ValueError(f"backend: got {backend!r}, allowed are 'cuda' and 'reference'")
+    check_backend(backend, "silu_and_mul_quantize")
     _check_index(expanded_idx_to_permuted_idx, x, (1, 2))
     scale = _scalar_or_rows("a_global_sf", a_global_sf, x, 1 if per_token_activation else x.shape[0])
     row_index = None if expanded_idx_to_permuted_idx is None else expanded_idx_to_permuted_idx.reshape(-1)
@@ -226,12 +225,6 @@ def _check_activation(activation: str, input_scale: object, name: str) -> None:
         raise ValueError(f"{name}: got None, activation 'nvfp4_per_tensor' needs the static decode scale of the input")
 
 
-def _check_linear_backend(backend: str) -> None:
-    if backend not in ("cuda", "reference"):
-        check_backend(backend)
-        raise ValueError(f"backend: {backend!r} quantizes activations alone, allowed here are 'cuda' and 'reference'")
-
-
 def nvfp4_linear(
     x: torch.Tensor,
     weight: Nvfp4Weight,
@@ -248,11 +241,12 @@ def nvfp4_linear(
         static fp32 decode scale amax / (448 * 6)), "fp8_per_token" (e4m3 with a scale per token; weights widened to e4m3),
         "none" (W4A16), or "auto": whichever of these is best for the device and shape.
     bias: [N].
+    backend: "cuda", "reference", or for W4A4 on SM100 and newer the GEMMs of others: "cublas", "flashinfer", "cute-dsl".
     """
     if x.dtype not in LINEAR_DTYPES:
         raise TypeError(f"x: got dtype {_names((x.dtype,))}, allowed are {_names(LINEAR_DTYPES)}")
     _check_activation(activation, input_scale, "input_scale")
-    _check_linear_backend(backend)
+    check_backend(backend, "linear")
     if weight.data.dim() != 2:
         raise ValueError(f"weight: got shape {list(weight.shape)}, allowed is [N, K]")
     n, k = weight.shape
@@ -307,7 +301,7 @@ def nvfp4_fused_moe(
     """
     _check_matrix("x", x, GROUP_SIZE, LINEAR_DTYPES)
     _check_activation(activation, input_scales, "input_scales")
-    _check_linear_backend(backend)
+    check_backend(backend, "fused_moe")
     if act_fn not in ACT_FNS:
         raise ValueError(f"act_fn: got {act_fn!r}, allowed are {', '.join(map(repr, ACT_FNS))}")
     if w13.data.dim() != 3 or w2.data.dim() != 3:

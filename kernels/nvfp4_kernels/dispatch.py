@@ -20,7 +20,11 @@ from .devices import arch_of
 
 logger = logging.getLogger("nvfp4")
 
-BACKENDS = ("cuda", "reference", "cute-dsl", "flashinfer")
+_OWN = ("cuda", "reference")
+_VENDORS = ("cublas", "cute-dsl", "flashinfer")
+"""Kernels of others, on Blackwell: cuBLAS's, and FlashInfer's in its two forms."""
+_SERVE = {"quantize": ("cute-dsl", "flashinfer"), "linear": _VENDORS}
+"""Operation -> the vendors that have it; the others have kernels and twins of this library alone."""
 _MODULE_OF = {
     "quantize": "quantize",
     "permute_quantize": "quantize",
@@ -42,13 +46,15 @@ class Choice:
     reason: str
 
 
-def _flashinfer_problem(device: torch.device) -> str | None:
-    """What keeps FlashInfer's own functions from serving `device`; None if nothing does."""
+def _vendor_problem(backend: str, device: torch.device) -> str | None:
+    """What keeps the functions of a vendor from serving `device`; None if nothing does."""
     if device.type != "cuda":
         return f"the tensor is on {device.type}, it needs a CUDA device of SM100 or newer"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 10:
         return f"this device is SM{major}{minor}, it needs SM100 or newer"
+    if backend == "cublas":
+        return None
     try:
         version("flashinfer-python")
     except PackageNotFoundError:
@@ -78,13 +84,15 @@ def implementation(operation: str, device: torch.device, backend: str = "cuda") 
 
     Raises ValueError for a backend that is unknown or cannot serve the device: nothing falls back in silence.
     """
-    check_backend(backend)
-    if backend in ("cute-dsl", "flashinfer"):
-        if operation != "quantize":
-            raise ValueError(f"backend: got {backend!r} for {operation}, allowed are 'cuda' and 'reference'")
-        problem = _flashinfer_problem(device)
+    check_backend(backend, operation)
+    if backend in _VENDORS:
+        problem = _vendor_problem(backend, device)
         if problem is not None:
             raise ValueError(f"backend: {backend!r} cannot serve this call: {problem}")
+        if operation == "linear":
+            from .triton.gemm_vendor import linear
+
+            return functools.partial(linear, backend=backend)
         from .flashinfer import quantize
 
         return functools.partial(quantize, backend="cute-dsl" if backend == "cute-dsl" else "cuda")
@@ -95,10 +103,15 @@ def implementation(operation: str, device: torch.device, backend: str = "cuda") 
     return _reference_function(operation)
 
 
-def check_backend(backend: str) -> None:
-    """ValueError unless `backend` is one of BACKENDS."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, BACKENDS))}")
+def backends(operation: str) -> tuple[str, ...]:
+    """The backends that have `operation`."""
+    return (*_OWN, *_SERVE.get(operation, ()))
+
+
+def check_backend(backend: str, operation: str) -> None:
+    """ValueError unless `backend` has `operation`."""
+    if backend not in backends(operation):
+        raise ValueError(f"backend: got {backend!r} for {operation}, allowed are {', '.join(map(repr, backends(operation)))}")
 
 
 def _settled(activation: str, device: torch.device, operation: str) -> str | None:

@@ -62,6 +62,9 @@ def linear(
     peer: Annotated[
         list[str], typer.Option("--peer", help="Peers to time beside them: marlin and humming, in vLLM; repeatable.")
     ] = list(PEERS),  # noqa: B006
+    backend: Annotated[
+        str, typer.Option(help="Who serves the modes: cuda, reference; on Blackwell also cublas, flashinfer, cute-dsl.")
+    ] = "cuda",
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure every GEMM and tile for these layers and keep the best for this device.")
     ] = False,
@@ -72,9 +75,13 @@ def linear(
     repeats: RepeatsOption = 30,
 ) -> None:
     """x @ weight^T over an NVFP4 weight in each activation mode, beside its peers, the bf16 layer and cuBLAS's FP8 product."""
+    from nvfp4_kernels.dispatch import backends
+
     for name in peer:
         if name not in PEERS:
             raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(PEERS)}", param_hint="--peer")
+    if backend not in backends("linear"):
+        raise typer.BadParameter(f"got {backend!r}; allowed: {', '.join(backends('linear'))}", param_hint="--backend")
     where = pick_device(device)
     if tune:
         _tune([_shape(name) for name in layer], where, output, repeats)
@@ -90,7 +97,7 @@ def linear(
                     Case(
                         point,
                         column,
-                        partial(_setup, column, rows, n, k, where),
+                        partial(_setup, column, rows, n, k, where, backend),
                         bytes=weight_bytes + 2 * rows * (n + k),
                         flops=2 * rows * n * k,
                     )
@@ -143,10 +150,11 @@ def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | No
     typer.echo(f"wrote {path}")
 
 
-def _setup(mode: str, rows: int, n: int, k: int, device: torch.device) -> Sequence[Call]:
+def _setup(mode: str, rows: int, n: int, k: int, device: torch.device, backend: str) -> Sequence[Call]:
     import torch
 
     from nvfp4_kernels import nvfp4_linear, quantize_weight
+    from nvfp4_kernels.dispatch import implementation
 
     x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)
@@ -167,6 +175,10 @@ def _setup(mode: str, rows: int, n: int, k: int, device: torch.device) -> Sequen
         need(device, f"{_VLLM_KERNELS}.{mode}")
         quantized = quantize_weight(weight, scale_search="absmax")
         return [partial(_peer(mode, quantized), x) for _ in range(rotation(quantized.nbytes, device, limit=32))]
+    try:
+        implementation("linear", device, backend)
+    except ValueError as error:
+        raise Unavailable(f"{mode}: {error}") from None
     quantized = quantize_weight(weight, scale_search="absmax").prepared(mode)
     tensors = {key: value for key, value in vars(quantized).items() if value is not None}
     copies = [
@@ -174,7 +186,7 @@ def _setup(mode: str, rows: int, n: int, k: int, device: torch.device) -> Sequen
         for _ in range(rotation(quantized.nbytes, device, limit=32))
     ]
     scale = torch.full((1,), 4 / (448 * 6), device=device)
-    return [partial(nvfp4_linear, x, w, activation=mode, input_scale=scale) for w in copies]
+    return [partial(nvfp4_linear, x, w, activation=mode, input_scale=scale, backend=backend) for w in copies]
 
 
 def _peer(name: str, weight: Nvfp4Weight) -> Callable[[torch.Tensor], object]:

@@ -95,7 +95,7 @@ class _MoEMethod(FusedMoEMethodBase):
         self._names = {prefix: layers.parameter_names(config.plan.names, f"{prefix}_") for prefix in ("w13", "w2")}
         # Plain strings: torch.compile traces what `apply` reads.
         self._activation: str = config.plan.options.activation
-        self._backend: str = config.plan.options.backend
+        self._backend = layers.experts_backend(config.plan.options)
 
     def create_weights(
         self,

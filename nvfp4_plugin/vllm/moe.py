@@ -38,7 +38,7 @@ class _MoEMethod(FusedMoEMethodBase):
         self._names = {prefix: layers.parameter_names(plan.names, f"{prefix}_") for prefix in ("w13", "w2")}
         # Plain strings: torch.compile may trace what `apply` reads.
         self._activation: str = plan.options.activation
-        self._backend: str = plan.options.backend
+        self._backend = layers.experts_backend(plan.options)
 
     def get_fused_moe_quant_config(self, layer: Layer) -> FusedMoEQuantConfig | None:
         return None  # for vLLM's own kernels

@@ -288,3 +288,24 @@ def test_bias_of_another_dtype() -> None:
 def test_float32_is_refused() -> None:
     with pytest.raises(TypeError, match="float16 and bfloat16"):
         nvfp4_linear(torch.randn(2, 512, device="cuda"), on_gpu(weight(64, 512)))
+
+
+@pytest.mark.parametrize("backend", ["cublas", "flashinfer", "cute-dsl"])
+@pytest.mark.parametrize("mode", ["nvfp4_per_token", "nvfp4_per_tensor"])
+@pytest.mark.parametrize("m", [1, 100, 1000])
+def test_vendors(m: int, mode: str, backend: str) -> None:
+    """cuBLAS's product is rounded once, as ours; FlashInfer's twice."""
+    if arch() < 100:
+        with pytest.raises(ValueError, match=rf"'{backend}' cannot serve this call: this device is SM{arch()}"):
+            nvfp4_linear(torch.ones(1, 64, device="cuda").bfloat16(), on_gpu(weight(64, 64)), activation=mode, backend=backend,
+                         input_scale=INPUT_SCALE)  # fmt: skip
+        return
+    if backend != "cublas":
+        pytest.importorskip("flashinfer")
+    w, x = weight(384, 1024, per_row=True), torch.randn(m, 1024, dtype=torch.bfloat16)
+    want = exact(x, w, mode, None)
+    got = nvfp4_linear(x.cuda(), on_gpu(w), activation=mode, backend=backend, input_scale=INPUT_SCALE).cpu().double()
+    if backend == "cublas":
+        check(got.bfloat16(), want, mode, 1024)
+    else:
+        assert (got - want).norm() < 1.6 * (want.bfloat16().double() - want).norm()

@@ -20,6 +20,7 @@ from nvfp4_kernels.triton.gemm_few import gemm_few
 from nvfp4_kernels.triton.gemm_large import gemm_large
 from nvfp4_kernels.triton.gemm_medium import gemm_medium
 from nvfp4_kernels.triton.gemm_portable import gemm_portable
+from nvfp4_kernels.triton.gemm_vendor import scale_product_kernel
 from nvfp4_kernels.triton.widen import _widen_kernel
 
 TYPES = {"fp8": (gl.float8e4nv, "fp8e4nv"), "bf16": (gl.bfloat16, "bf16"), "fp16": (gl.float16, "fp16")}
@@ -134,6 +135,10 @@ def rows() -> list[tuple[Any, ...]]:
     for arch in (100, 120):
         constants = {"BIAS": False, "BM": 128, "BN": 128, "BK": 256}
         made.append(("dot_scaled", gemm_dot_scaled, types, constants, arch, 8, False))
+        for product in ("fp32", "bf16"):
+            types_of_product = {"product_ptr": f"*{product}", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+            constants = {"N": 4096, "token_stride": 1, "row_stride": 1, "BIAS": True, "BLOCK": 1024}
+            made.append((f"scale {product}", scale_product_kernel, types_of_product, constants, arch, 4, False))
     return made
 
 

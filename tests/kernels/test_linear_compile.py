@@ -135,3 +135,13 @@ def test_portable(compiled: Variants, arch: int, fp8: bool) -> None:
 )
 def test_dot_scaled_is_native(compiled: Variants, arch: int, instruction: str) -> None:
     assert count(compiled["dot_scaled", arch], instruction) > 0
+
+
+@pytest.mark.parametrize("product", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", [100, 120])
+def test_products_are_scaled_in_whole_vectors(compiled: Variants, arch: int, product: str) -> None:
+    variant = compiled[f"scale {product}", arch]
+    # 8 values a thread: the product, the rows' scales and the bias, and the token's scale.
+    assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32") == 2 * (product == "fp32") + (product == "bf16") + 2 + 1
+    assert count(variant, r"ld\.global") == count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32") + 1
+    assert count(variant, r"st\.global(?:\.\w+)*\.v4\.b32") == 1

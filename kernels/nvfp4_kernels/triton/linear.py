@@ -430,7 +430,7 @@ def quantize_nvfp4(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x to W4A4 codes, linear scales and the scale of each row, fp32 [M], or of all, [1]."""
     if activation == "nvfp4_per_token":
-        return quantize(x, _inverse_base(x.device), layout=SfLayout.layout_linear, per_token=True)
+        return quantize(x, inverse_base(x.device), layout=SfLayout.layout_linear, per_token=True)
     assert input_scale is not None  # api.py refuses this mode without one
     scale = input_scale.reshape(1)
     codes, sf, _ = quantize(x, scale, layout=SfLayout.layout_linear, decode_scale=True)
@@ -440,7 +440,7 @@ def quantize_nvfp4(
 _inverse_bases: dict[torch.device, torch.Tensor] = {}
 
 
-def _inverse_base(device: torch.device) -> torch.Tensor:
+def inverse_base(device: torch.device) -> torch.Tensor:
     """INVERSE_BASE as fp32 [1]. Made once, but not within a capture: what a graph makes is there when the graph ran."""
     base = _inverse_bases.get(device)
     if base is None:

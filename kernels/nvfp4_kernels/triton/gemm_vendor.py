@@ -1,0 +1,132 @@
+"""W4A4 by the GEMMs of others, on Blackwell's FP4 tensor cores: cuBLAS's through torch, and FlashInfer's `mm_fp4`.
+
+Both take the block scales of weight and activations in the 128x4 layout, so that a weight's, which a checkpoint holds
+row-major, are brought into it at each call: a ninth of the weight's bytes, read and written. Scales of tokens and rows and
+the bias follow in a kernel of ours. cuBLAS hands it fp32, and the output is rounded once; FlashInfer's product is bf16
+already, and rounded a second time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import implementation
+from ..formats import SfLayout, to_layout
+from ..reference.source import PLAIN, Source
+from .activation import sourced
+from .launch import cdiv, launch
+from .linear import inverse_base
+
+_BLOCK = 1024
+
+
+def shape_problem(n: int, k: int) -> str | None:
+    """What keeps a weight [n, k] from these GEMMs; None if nothing does."""
+    if n % 16 or k % 32:
+        return f"a weight [{n}, {k}]; N has to be a multiple of 16 and K one of 32"
+    return None
+
+
+def linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    *,
+    backend: str,
+    activation: str,
+    fp8_fold: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    source: Source = PLAIN,
+) -> torch.Tensor:
+    """x [M, K] fp16 or bf16 @ weight^T [K, N] -> [M, N] in x's dtype; as `reference.linear.linear` in a mode nvfp4_*.
+
+    backend: "cublas", "flashinfer" or "cute-dsl". Raises TypeError for another dtype of x, ValueError for another mode and for
+    a shape they do not take.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x: got {x.dtype}, allowed with backend {backend!r} are float16 and bfloat16")
+    n, k = data.shape[0], data.shape[1] * 2
+    problem = shape_problem(n, k)
+    if problem is not None:
+        raise ValueError(f"backend: {backend!r} cannot serve {problem}")
+    if not activation.startswith("nvfp4"):
+        raise ValueError(f"backend: {backend!r} multiplies FP4 alone, allowed with it are nvfp4_per_token and nvfp4_per_tensor")
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    codes, sf, token_scale = quantize(sourced(x, source, k).contiguous(), backend, activation, input_scale)
+    weight_sf = to_layout(scales.contiguous().view(torch.uint8), SfLayout.layout_128x4)
+    product = multiply(backend, codes, sf, data.contiguous(), weight_sf)
+    return scale_product(product, token_scale, row_scale, bias, out)
+
+
+def quantize(
+    x: torch.Tensor, backend: str, activation: str, input_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [M, K] to codes, scale bytes in 128x4 and the scale of each row, fp32 [M], or of all, [1]."""
+    per_token = activation == "nvfp4_per_token"
+    if per_token:
+        encode = inverse_base(x.device)
+    else:
+        assert input_scale is not None  # api.py refuses this mode without one
+        encode = 1.0 / input_scale.reshape(1)
+    codes, sf, token_scale = implementation("quantize", x.device, "cuda" if backend == "cublas" else backend)(
+        x,
+        encode,
+        layout=SfLayout.layout_128x4,
+        shuffle=False,
+        per_token=per_token,
+        row_index=None,
+        fast=False,
+        pdl=False,
+    )
+    if per_token:
+        return codes, sf, token_scale
+    assert input_scale is not None
+    return codes, sf, input_scale.reshape(1)
+
+
+def multiply(backend: str, codes: torch.Tensor, sf: torch.Tensor, data: torch.Tensor, weight_sf: torch.Tensor) -> torch.Tensor:
+    """(codes [M, K/2] * sf) @ (data [N, K/2] * weight_sf)^T: [M, N], fp32 of cuBLAS and bf16 of FlashInfer."""
+    if backend == "cublas":
+        fp4, e4m3 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
+        return torch._scaled_mm(
+            codes.view(fp4), data.view(fp4).t(), scale_a=sf.view(e4m3), scale_b=weight_sf.view(e4m3), out_dtype=torch.float32
+        )
+    import flashinfer
+
+    # bf16 whatever x is: unscaled products leave the range of fp16.
+    kind = "cute-dsl" if backend == "cute-dsl" else "auto"
+    one = torch.ones(1, dtype=torch.float32, device=codes.device)
+    return flashinfer.mm_fp4(codes, data.t(), sf, weight_sf.t(), one, torch.bfloat16, backend=kind)
+
+
+@triton.jit
+def scale_product_kernel(
+    product_ptr, token_ptr, row_ptr, bias_ptr, out_ptr, N, token_stride, row_stride, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out [M, N] = product [M, N] * token [M] * row [N] + bias [N], in fp32. A program: BLOCK values of a row."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    value = tl.load(product_ptr + m * N + n, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.load(token_ptr + m * token_stride) * tl.load(row_ptr + n * row_stride, mask=inside, other=0.0)
+    if BIAS:
+        value += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * N + n, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def scale_product(
+    product: torch.Tensor, token_scale: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """product [M, N] fp32 or bf16, times fp32 scales of tokens [M] or [1] and rows [N] or [1], plus bias [N], into out."""
+    m, n = out.shape
+    launch(
+        scale_product_kernel, (m, cdiv(n, _BLOCK)), product, token_scale, row_scale, bias, out,
+        n, int(token_scale.numel() > 1), int(row_scale.numel() > 1), BIAS=bias is not None, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out
