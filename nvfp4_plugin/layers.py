@@ -131,6 +131,13 @@ def quantize_experts(
     )
 
 
+def part_rows(*stacks: torch.Tensor) -> None:
+    """Put the rows of gate and up, which take turns in each stack [E, 2N, ...], below each other, in place."""
+    for stack in stacks:
+        for expert in stack:
+            expert.copy_(torch.cat([expert[0::2], expert[1::2]]))
+
+
 def _quantize_stack(
     weight: torch.Tensor,
     widths: Sequence[int],

@@ -72,6 +72,27 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    # The one whose experts lie in one tensor, transposed, the rows of gate and up taking turns.
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+        "pad_token_id": 0,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
+    },
 }
 
 
@@ -88,7 +109,9 @@ class TinyModel:
         return [
             name.removesuffix(".weight")
             for name, weight in self.weights.items()
-            if weight.dim() == 2 and not name.endswith((".gate.weight", "_gate.weight", "lm_head.weight", "tokens.weight"))
+            if weight.dim() == 2
+            and name.endswith(".weight")
+            and not name.endswith((".gate.weight", "_gate.weight", "router.weight", "lm_head.weight", "tokens.weight"))
         ]
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
@@ -102,16 +125,19 @@ class TinyModel:
     def fake_quantized(self, scale_search: str = "mse") -> dict[str, torch.Tensor]:
         """The weights in fp32, each projection's as its NVFP4 form gives them back."""
         linears = set(self.linears)
-        return {
-            name: quantize_weight(weight, scale_search=scale_search).dequantize()
-            if name.removesuffix(".weight") in linears
-            else weight.float()
-            for name, weight in self.weights.items()
-        }
+
+        def fake(name: str, weight: torch.Tensor) -> torch.Tensor:
+            if name.removesuffix(".weight") in linears:
+                return quantize_weight(weight, scale_search=scale_search).dequantize()
+            if weight.dim() == 3:  # all experts of a block, transposed
+                return quantize_weight(weight.transpose(1, 2), scale_search=scale_search).dequantize().transpose(1, 2)
+            return weight.float()
+
+        return {name: fake(name, weight) for name, weight in self.weights.items()}
 
 
 def tiny_model(kind: str, *, seed: int = 0, **config: Any) -> TinyModel:
-    """A random model: "llama", "qwen3_moe", "mixtral" or "qwen2_moe"; `config` overrides keys of its config.json."""
+    """A random model: "llama", "qwen3_moe", "mixtral", "qwen2_moe" or "gpt_oss"; `config` overrides keys of its config.json."""
     config = {**_COMMON, **_CONFIGS[kind], **config}
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
@@ -133,16 +159,24 @@ def tiny_model(kind: str, *, seed: int = 0, **config: Any) -> TinyModel:
         linear(f"{name}.{up}", inner, hidden)
         linear(f"{name}.{down}", hidden, inner)
 
+    def gpt_oss_experts(name: str) -> None:
+        experts, inner = config["num_local_experts"], config["intermediate_size"]
+        linear(f"{name}.router", experts, hidden, True)
+        for projection, k, n in (("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden)):
+            size = 2 ** (torch.rand(experts, 1, 1, generator=generator) * 2 - 1) / k**0.5
+            weights[f"{name}.experts.{projection}"] = (torch.randn(experts, k, n, generator=generator) * size).bfloat16()
+            weights[f"{name}.experts.{projection}_bias"] = (torch.randn(experts, n, generator=generator) * 0.1).bfloat16()
+
     weights["model.embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden, generator=generator).bfloat16()
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         head_dim = config["head_dim"]
         q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-        bias = kind == "qwen2_moe"
+        bias = kind in ("qwen2_moe", "gpt_oss")
         linear(f"{layer}.self_attn.q_proj", q, hidden, bias)
         linear(f"{layer}.self_attn.k_proj", kv, hidden, bias)
         linear(f"{layer}.self_attn.v_proj", kv, hidden, bias)
-        linear(f"{layer}.self_attn.o_proj", hidden, q)
+        linear(f"{layer}.self_attn.o_proj", hidden, q, kind == "gpt_oss")
         norm(f"{layer}.input_layernorm", hidden)
         norm(f"{layer}.post_attention_layernorm", hidden)
         if kind == "qwen3_moe":
@@ -151,6 +185,10 @@ def tiny_model(kind: str, *, seed: int = 0, **config: Any) -> TinyModel:
         names = ("gate_proj", "up_proj", "down_proj")
         if kind == "llama":
             mlp(f"{layer}.mlp", config["intermediate_size"], names)
+            continue
+        if kind == "gpt_oss":
+            weights[f"{layer}.self_attn.sinks"] = torch.randn(config["num_attention_heads"], generator=generator).bfloat16()
+            gpt_oss_experts(f"{layer}.mlp")
             continue
         block, names, inner = f"{layer}.mlp", names, config.get("moe_intermediate_size")
         if kind == "mixtral":

@@ -85,7 +85,7 @@ class Nvfp4QuantizationConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from .linear import Nvfp4LinearMethod, Nvfp4OnlineLinearMethod
-        from .moe import Nvfp4MoEMethod, Nvfp4OnlineMoEMethod
+        from .moe import Nvfp4MoEMethod, Nvfp4OnlineExpertsMethod
 
         if not self.plan.configured:
             self._configure()
@@ -95,7 +95,7 @@ class Nvfp4QuantizationConfig(QuantizationConfig):
             packed = {prefix.rpartition(".")[2]: parts}
             if not self.plan.quantizes(prefix, packed):
                 return None
-            method = Nvfp4OnlineMoEMethod if self.plan.online else Nvfp4MoEMethod
+            method = Nvfp4OnlineExpertsMethod if self.plan.online else Nvfp4MoEMethod
             return method(self.plan, layer.moe_config)
         if isinstance(layer, LinearBase | ParallelLMHead):
             quantized = self.plan.quantizes(

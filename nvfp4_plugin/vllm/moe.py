@@ -57,6 +57,8 @@ class _MoEMethod(FusedMoEMethodBase):
                 f"{name}: got swiglu limit, alpha and beta {given} for the activation {act_fn!r}; allowed: {served}"
             )
         layer.orig_dtype = dtype
+        # Rows that take turns in the checkpoint are put below each other once they are quantized.
+        self._act_fn = "swigluoai_uninterleave" if act_fn == "swigluoai" else act_fn
         # The rows of w13: gate and up below each other, or taking turns, which is one matrix to a quantizer.
         gated = self.moe.is_act_and_mul and act_fn != "swigluoai"
         rows = intermediate * self.moe.w13_num_shards
@@ -66,7 +68,7 @@ class _MoEMethod(FusedMoEMethodBase):
         for prefix, widths in self._widths.items():
             bias = None
             if self.moe.has_bias:
-                bias = torch.nn.Parameter(torch.zeros(experts, sum(widths), dtype=dtype), requires_grad=False)
+                bias = _OfAllExperts(torch.zeros(experts, sum(widths), dtype=dtype), requires_grad=False)
                 set_weight_attrs(bias, attrs)
             layer.register_parameter(f"{prefix}_bias", bias)
 
@@ -119,7 +121,7 @@ class _MoEMethod(FusedMoEMethodBase):
             topk_weights,
             topk_ids,
             activation=self._activation,
-            act_fn=layer.activation.value,
+            act_fn=self._act_fn,
             input_scales=input_scales,
             w13_bias=layer.w13_bias,
             w2_bias=layer.w2_bias,
@@ -230,7 +232,7 @@ def _load_scalar(
 _load_scalar.supports_moe_loading = True  # type: ignore[attr-defined]
 
 
-class Nvfp4OnlineMoEMethod(_MoEMethod):
+class Nvfp4OnlineExpertsMethod(_MoEMethod):
     """Experts whose plain weights are quantized, one by one, as soon as a layer's have come; until then they take no memory.
 
     vLLM collects what the checkpoint holds for a layer, without copying it, makes memory for the layer's parameters, and loads.
@@ -255,11 +257,11 @@ class Nvfp4OnlineMoEMethod(_MoEMethod):
         attrs = {**extra_weight_attrs, "weight_loader": MethodType(_load_later, layer), "dummy_weight_value": 0.0}
         for prefix, k in (("w13", hidden_size), ("w2", intermediate_size_per_partition)):
             data = torch.empty(1, sum(self._widths[prefix]), k, dtype=params_dtype, device="meta")
-            weight = torch.nn.Parameter(data.expand(num_experts, -1, -1), requires_grad=False)
+            weight = _OfAllExperts(data.expand(num_experts, -1, -1), requires_grad=False)
             layer.register_parameter(f"{prefix}_weight", weight)
             set_weight_attrs(weight, attrs)
         with torch.device("meta"):
-            self._biases(layer, num_experts, params_dtype, extra_weight_attrs)
+            self._biases(layer, num_experts, params_dtype, attrs)
         initialize_online_processing(layer)
 
     def load_later(self, prefix: str, expert: int, load: Callable[[], Any]) -> None:
@@ -284,8 +286,28 @@ class Nvfp4OnlineMoEMethod(_MoEMethod):
                 reduce_max=(lambda amax: amax_for_moe_weight_quant(amax, self.moe.tp_size)) if self.moe.tp_size > 1 else None,
                 load=_draw(stack[0]) if dummy else _load(stack[0], loads[prefix]),
             )
+            if prefix == "w13" and layer.activation.value == "swigluoai":
+                bias = () if layer.w13_bias is None else (layer.w13_bias.data,)
+                layers.part_rows(weight.data, weight.scales.view(torch.uint8), *bias)
             self._install(layer, prefix, weight, None)
         self._finish(layer)
+
+
+class _OfAllExperts(torch.nn.Parameter):
+    """A parameter that has no memory yet and gets its values later, also from models that copy a tensor of all experts into it
+    (gpt-oss) instead of calling its loader."""
+
+    weight_loader: Callable[..., object]
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if not self.is_meta:
+            return super().copy_(source, non_blocking)
+        self.weight_loader(self, source, "", shard_id=_THIS_RANKS, expert_id=0)
+        return self
+
+
+_THIS_RANKS = "this rank's"
+"""In place of a shard's name: the tensor holds just what the parameter is to hold."""
 
 
 def _no_loads() -> dict[str, dict[int, list[Callable[[], Any]]]]:
@@ -329,10 +351,18 @@ def _load_later(
 
     A method of the layer: see `linear._load_plain`.
     """
+    prefix = {id(layer.w13_weight): "w13", id(layer.w2_weight): "w2"}.get(id(param))
+    if shard_id == _THIS_RANKS:
+        for expert in range(param.shape[0]):
+            copy = partial(param.data[expert].copy_, loaded_weight[expert])
+            if param.is_meta or prefix is None:
+                copy()
+            else:
+                layer.quant_method.load_later(prefix, expert, copy)
+        return None
     local = layer._map_global_expert_id_to_local_expert_id(expert_id)
-    if param.is_meta or local == -1 or not param.is_floating_point():
+    if param.is_meta or local == -1 or prefix is None:
         return layer.weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
-    prefix = "w2" if param is layer.w2_weight else "w13"
     # A tensor of all experts is taken apart: the layer's loader would write each over the one before.
     parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {local: (param, loaded_weight)}
     if loaded_weight.dim() == 3:

@@ -43,6 +43,18 @@ def test_checkpoint_forms_give_the_same_bits(kind: str, form: str, online: torch
         assert torch.equal(logprobs(llm, PROMPT), online)
 
 
+def test_gpt_oss_is_quantized_while_it_loads(checkpoint, tmp_path: Path) -> None:
+    """Its model copies all experts into the parameters, and the rows of gate and up take turns."""
+    model = tiny_model("gpt_oss")
+    expected = reference_logprobs(model, PROMPT, tmp_path)
+    assert (reference_logprobs(model, PROMPT, tmp_path, scale_search="absmax") - expected).abs().max() > 0.05
+    with engine(checkpoint("gpt_oss", "bf16"), {"activation": "none"}) as llm:
+        torch.testing.assert_close(logprobs(llm, PROMPT), expected, rtol=0, atol=2e-5)
+        experts = modules(llm)["model.layers.1.mlp.experts.routed_experts"]
+        bias = model.weights["model.layers.1.mlp.experts.gate_up_proj_bias"].float()
+        assert torch.equal(experts.w13_bias, torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1))
+
+
 def test_bf16_equals_hugging_face_up_to_rounding(checkpoint, tmp_path: Path) -> None:
     expected = reference_logprobs(tiny_model("llama"), PROMPT, tmp_path)
     with engine(checkpoint("llama", "bf16"), {"activation": "none"}, dtype="bfloat16") as llm:

@@ -25,3 +25,12 @@ def test_two_ranks_equal_one(form: str, experts: bool, one_rank: torch.Tensor, c
         # A rank quantizes its shard with the scale of the whole matrix: the difference is the order of sums alone, and a
         # code here and there where a reciprocal was rounded twice.
         torch.testing.assert_close(logprobs(llm, PROMPT), one_rank, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_two_ranks_of_gpt_oss_equal_one(experts: bool, checkpoint) -> None:
+    folder = checkpoint("gpt_oss", "bf16")
+    with engine(folder, OPTIONS) as llm:
+        one = logprobs(llm, PROMPT)
+    with engine(folder, OPTIONS, tensor_parallel_size=2, enable_expert_parallel=experts) as llm:
+        torch.testing.assert_close(logprobs(llm, PROMPT), one, rtol=0, atol=1e-3)
