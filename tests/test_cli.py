@@ -348,6 +348,18 @@ def test_benchmarks_refuse_a_shape_that_nvfp4_cannot_have(arguments):
     assert "multiple of 16" in text
 
 
+def test_a_backend_of_bench_linear_is_known_and_serves_or_says_why():
+    text = one_line(invoke("bench", "linear", "--backend", "cutlass", status=2).output)
+    assert "got 'cutlass'; allowed: cuda, reference, cublas" in text
+    where = ("--device", "cpu", "--layer", "64x64", "--m", "2", "--mode", "nvfp4_per_token", "--repeats", "2", "--json")
+    [row] = [
+        row
+        for row in json.loads(invoke("bench", "linear", "--backend", "cublas", *where).stdout)["measurements"]
+        if row["name"] == "nvfp4_per_token"
+    ]
+    assert "'cublas' cannot serve this call: the tensor is on cpu" in row["unavailable"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Servers, and the folder of the sample model
 
