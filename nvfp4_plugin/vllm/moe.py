@@ -293,6 +293,10 @@ class Nvfp4OnlineExpertsMethod(_MoEMethod):
         self._finish(layer)
 
 
+_THIS_RANKS = "this rank's"
+"""In place of a shard's name: the tensor holds just what the parameter is to hold."""
+
+
 class _OfAllExperts(torch.nn.Parameter):
     """A parameter that has no memory yet and gets its values later, also from models that copy a tensor of all experts into it
     (gpt-oss) instead of calling its loader."""
@@ -304,10 +308,6 @@ class _OfAllExperts(torch.nn.Parameter):
             return super().copy_(source, non_blocking)
         self.weight_loader(self, source, "", shard_id=_THIS_RANKS, expert_id=0)
         return self
-
-
-_THIS_RANKS = "this rank's"
-"""In place of a shard's name: the tensor holds just what the parameter is to hold."""
 
 
 def _no_loads() -> dict[str, dict[int, list[Callable[[], Any]]]]:

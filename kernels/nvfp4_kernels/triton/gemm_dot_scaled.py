@@ -10,10 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import SfLayout
-from ..reference.linear import INVERSE_BASE
 from .launch import cdiv
-from .quantize import quantize
 
 
 def problem(mode: str, n: int, k: int) -> str | None:
@@ -58,25 +55,17 @@ def gemm_dot_scaled(
 
 
 def run(
-    x: torch.Tensor,
+    operand: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     data: torch.Tensor,
     scales: torch.Tensor,
     row_scale: torch.Tensor,
     out: torch.Tensor,
-    activation: str,
-    input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Quantize x [M, K] and launch into out [M, N]."""
-    m, k = x.shape
+    """Launch into out [M, N]. operand: x [M, K] as `linear.quantize_nvfp4` returns it."""
+    codes, sf, token = operand
+    m, k = codes.shape[0], 2 * codes.shape[1]
     n = data.shape[0]
-    if activation == "nvfp4_per_token":
-        base = torch.full((1,), INVERSE_BASE, dtype=torch.float32, device=x.device)
-        codes, sf, token = quantize(x, base, layout=SfLayout.layout_linear, per_token=True)
-    else:
-        assert input_scale is not None  # api.py refuses this mode without one
-        token = input_scale.reshape(1)
-        codes, sf, _ = quantize(x, 1.0 / token, layout=SfLayout.layout_linear)
     bn, bk = 128, 128 if k % 256 else 256
     gemm_dot_scaled[(cdiv(m, 128) * cdiv(n, bn),)](
         codes, sf.view(torch.float8_e4m3fn), data, scales, row_scale, token, bias, out,

@@ -8,6 +8,8 @@ already, and rounded a second time.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -17,16 +19,9 @@ from ..formats import SfLayout, to_layout
 from ..reference.source import PLAIN, Source
 from .activation import sourced
 from .launch import cdiv, launch
-from .linear import inverse_base
+from .linear import check_dtype, inverse_base
 
 _BLOCK = 1024
-
-
-def shape_problem(n: int, k: int) -> str | None:
-    """What keeps a weight [n, k] from these GEMMs; None if nothing does."""
-    if n % 16 or k % 32:
-        return f"a weight [{n}, {k}]; N has to be a multiple of 16 and K one of 32"
-    return None
 
 
 def linear(
@@ -47,12 +42,10 @@ def linear(
     backend: "cublas", "flashinfer" or "cute-dsl". Raises TypeError for another dtype of x, ValueError for another mode and for
     a shape they do not take.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"x: got {x.dtype}, allowed with backend {backend!r} are float16 and bfloat16")
+    check_dtype(x)
     n, k = data.shape[0], data.shape[1] * 2
-    problem = shape_problem(n, k)
-    if problem is not None:
-        raise ValueError(f"backend: {backend!r} cannot serve {problem}")
+    if n % 16 or k % 32:
+        raise ValueError(f"backend: {backend!r} cannot serve a weight [{n}, {k}]; N has to be a multiple of 16 and K one of 32")
     if not activation.startswith("nvfp4"):
         raise ValueError(f"backend: {backend!r} multiplies FP4 alone, allowed with it are nvfp4_per_token and nvfp4_per_tensor")
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
@@ -68,26 +61,20 @@ def quantize(
     x: torch.Tensor, backend: str, activation: str, input_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [M, K] to codes, scale bytes in 128x4 and the scale of each row, fp32 [M], or of all, [1]."""
-    per_token = activation == "nvfp4_per_token"
-    if per_token:
-        encode = inverse_base(x.device)
-    else:
-        assert input_scale is not None  # api.py refuses this mode without one
-        encode = 1.0 / input_scale.reshape(1)
-    codes, sf, token_scale = implementation("quantize", x.device, "cuda" if backend == "cublas" else backend)(
-        x,
-        encode,
+    quantizer = partial(
+        implementation("quantize", x.device, "cuda" if backend == "cublas" else backend),
         layout=SfLayout.layout_128x4,
         shuffle=False,
-        per_token=per_token,
         row_index=None,
         fast=False,
         pdl=False,
     )
-    if per_token:
-        return codes, sf, token_scale
-    assert input_scale is not None
-    return codes, sf, input_scale.reshape(1)
+    if activation == "nvfp4_per_token":
+        return quantizer(x, inverse_base(x.device), per_token=True)
+    assert input_scale is not None  # api.py refuses this mode without one
+    scale = input_scale.reshape(1)
+    codes, sf, _ = quantizer(x, 1.0 / scale, per_token=False)
+    return codes, sf, scale
 
 
 def multiply(backend: str, codes: torch.Tensor, sf: torch.Tensor, data: torch.Tensor, weight_sf: torch.Tensor) -> torch.Tensor:

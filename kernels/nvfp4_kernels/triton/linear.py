@@ -350,8 +350,7 @@ def linear(
 
     Captures into CUDA graphs and never waits for the device. Raises TypeError for another dtype of x.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"x: got {x.dtype} on {x.device}, allowed on a GPU are float16 and bfloat16")
+    check_dtype(x)
     m, k = x.shape[0], data.shape[1] * 2
     n = data.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -366,6 +365,12 @@ def linear(
         # cuBLAS adds a bias of the output's dtype alone.
         chosen = tiled_plans(m, n, k, True, cuda_device(x.device.index or 0)[2])[0]
     return run(chosen, x, data, scales, row_scale, out, activation, fp8_fold, input_scale, bias, source)
+
+
+def check_dtype(x: torch.Tensor) -> None:
+    """TypeError unless x is of a type that the GPU's dense layers take."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x: got {x.dtype} on {x.device}, allowed on a GPU are float16 and bfloat16")
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -398,7 +403,7 @@ def run(
     if chosen.kernel == "dot_scaled":
         from .gemm_dot_scaled import run as run_dot_scaled
 
-        return run_dot_scaled(x, data, scales, row_scale, out, activation, input_scale, bias)
+        return run_dot_scaled(quantize_nvfp4(x, activation, input_scale), data, scales, row_scale, out, bias)
     if activation == "fp8_per_token":
         assert fp8_fold is not None  # ops.py derives it
         fold = fp8_fold
