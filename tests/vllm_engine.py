@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,26 @@ def logprobs(llm: Any, prompt: list[int]) -> torch.Tensor:
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     [output] = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
     return torch.tensor([token[i].logprob for i, token in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)])
+
+
+@contextmanager
+def log_lines(level: int) -> Iterator[list[str]]:
+    """What this plugin logs meanwhile, from `level` on.
+
+    By a handler of its own: the log goes to vLLM's handlers, and whether to Python's depends on vLLM's settings.
+    """
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("nvfp4_plugin")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def modules(llm: Any) -> dict[str, torch.nn.Module]:

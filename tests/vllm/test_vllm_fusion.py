@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import PROMPT, save, tiny_model
 from torch import fx
-from vllm_engine import engine, logprobs
+from vllm_engine import engine, log_lines, logprobs
 
 from nvfp4_kernels import ops, quantize_weight
 
@@ -71,16 +71,8 @@ def on_gpu_terms(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
 @pytest.fixture
 def log() -> Iterator[list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("nvfp4_plugin")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield messages
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    with log_lines(logging.INFO) as messages:
+        yield messages
 
 
 # Widths that the Hopper GEMMs serve.

@@ -12,7 +12,7 @@ import torch
 from checkpoints import PROMPT, save, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vllm_engine import SETTINGS, engine, logprobs, modules
+from vllm_engine import SETTINGS, engine, log_lines, logprobs, modules
 
 from nvfp4_kernels import quantize_weight
 
@@ -46,14 +46,7 @@ def test_routers_head_and_embeddings_are_left_alone(checkpoint) -> None:
 
 def test_options_reach_every_layer(checkpoint) -> None:
     options = {"ignore": ["model.layers.0", "*.o_proj", "re:.*no_such_layer"], "lm_head": True, "scale_search": "absmax"}
-    # A handler of its own: this log goes to vLLM's handlers, and whether to Python's depends on vLLM's settings.
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("nvfp4_plugin")
-    log.addHandler(handler)
-    log.setLevel(logging.WARNING)
-    with engine(checkpoint("llama", "bf16"), options) as llm:
+    with log_lines(logging.WARNING) as messages, engine(checkpoint("llama", "bf16"), options) as llm:
         assert quantized(llm) == {
             "model.layers.1.self_attn.qkv_proj",
             "model.layers.1.mlp.gate_up_proj",
@@ -64,8 +57,6 @@ def test_options_reach_every_layer(checkpoint) -> None:
         expected = quantize_weight(tiny_model("llama").weights["model.layers.1.mlp.down_proj.weight"], scale_search="absmax")
         assert torch.equal(down.weight, expected.data)
         assert torch.equal(down.weight_scale.view(torch.uint8), expected.scales.view(torch.uint8))
-    log.removeHandler(handler)
-    log.setLevel(logging.NOTSET)
     unmatched = [message for message in messages if "ignore matches nothing" in message]
     assert len(unmatched) == 1
     assert "re:.*no_such_layer" in unmatched[0]
