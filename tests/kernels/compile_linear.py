@@ -97,7 +97,7 @@ def rows() -> list[tuple[Any, ...]]:
             made.append((f"medium {x} {reduce}", gemm_medium, types, constants, 90, 4, True))
     for x in ("fp8", "bf16"):
         for bm, warps in ((8, 4), (64, 8)):
-            constants = {"BM": bm, "WARPS": warps, "STAGES": 3, "TOKEN": True, "BIAS": True, "REDUCE": True}
+            constants = {"BM": bm, "WARPS": warps, "STAGES": 4, "BURST": 2, "TOKEN": True, "BIAS": True, "REDUCE": True}
             types = wgmma_operands(x, 16 * warps, bm, 256) | {"w_desc": descriptor(gl.int32, "i32", [16 * warps, 32], 128)}
             made.append((f"decode {x} {bm}", gemm_decode, types, constants, 90, warps, True))
     for x in ("bf16", "fp16"):

@@ -42,14 +42,16 @@ def _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n0, k, slot, pred
 def gemm_decode(
     w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
     N, M, stages, split, row_stride, token_stride,
-    BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, BURST: gl.constexpr,
     TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T for BM <= 64, see linear.py for the arguments.
 
     w_desc in boxes [16 WARPS, 32], x_desc [BM, 256], K permuted; stages = K / 256 / split, the steps of a unit of work.
+    BURST, a divisor of STAGES: so many stages are loaded at once, so that neighbouring bytes of a row meet in the memory.
     The rest as gemm_large.
     """
+    gl.static_assert(BURST < STAGES and STAGES % BURST == 0)
     BN: gl.constexpr = 16 * WARPS
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
     FP16: gl.constexpr = x_desc.dtype == gl.float16
@@ -78,7 +80,7 @@ def gemm_decode(
     n_ahead = ahead // split // m_tiles * BN
     k_ahead = ahead % split * stages
     left = stages
-    for i in gl.static_range(STAGES - 1):
+    for i in gl.static_range(STAGES - BURST):
         _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n_ahead, k_ahead, i, ahead < units)
         k_ahead += 1
         left -= 1
@@ -93,7 +95,7 @@ def gemm_decode(
     m_ahead = x_unit // split % m_tiles * BM
     x_k = x_unit % split * stages
     x_left = stages
-    for i in gl.static_range(STAGES - 1):
+    for i in gl.static_range(STAGES - BURST):
         tma_load(x_desc, [m_ahead, x_k * 256], bars.index(i), x_ring.index(i), pred=x_unit < units)
         x_k += 1
         x_left -= 1
@@ -105,7 +107,7 @@ def gemm_decode(
 
     slot = 0
     phase = 0
-    free = STAGES - 1
+    free = STAGES - BURST
     for unit in range(gl.program_id(0), units, stride):
         tile = unit // split
         if FP8:
@@ -127,23 +129,26 @@ def gemm_decode(
                     x = x_ring.index(slot).slice(chunk * 128 + half * 64, STEP, dim=1)
                     token = warpgroup_mma(a, x.permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-            # The stage before this one is free: its products are done, in every warp past the barrier.
-            thread_barrier()
-            _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n_ahead, k_ahead, free, ahead < units)
-            tma_load(x_desc, [m_ahead, k_ahead * 256], bars.index(free), x_ring.index(free), pred=ahead < units)
-            free = slot
+            if slot % BURST == 0:
+                # The stages before this one are free: their products are done, in every warp past the barrier.
+                thread_barrier()
+                for i in gl.static_range(BURST):
+                    at = free + i
+                    _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n_ahead, k_ahead, at, ahead < units)
+                    tma_load(x_desc, [m_ahead, k_ahead * 256], bars.index(at), x_ring.index(at), pred=ahead < units)
+                    k_ahead += 1
+                    left -= 1
+                    if left == 0:
+                        ahead += stride
+                        n_ahead = ahead // split // m_tiles * BN
+                        m_ahead = ahead // split % m_tiles * BM
+                        k_ahead = ahead % split * stages
+                        left = stages
+                free = slot
             slot += 1
             if slot == STAGES:
                 slot = 0
                 phase ^= 1
-            k_ahead += 1
-            left -= 1
-            if left == 0:
-                ahead += stride
-                n_ahead = ahead // split // m_tiles * BN
-                m_ahead = ahead // split % m_tiles * BM
-                k_ahead = ahead % split * stages
-                left = stages
         acc = warpgroup_mma_wait(0, deps=[token])
 
         last = True

@@ -139,10 +139,10 @@ def hopper_problem(n: int, k: int) -> str | None:
     return None
 
 
-def split_of(stages: int, tiles: int, blocks: int) -> int:
-    """How many blocks share a tile's K: the largest divisor of `stages` up to blocks / tiles that leaves two stages each."""
+def split_of(stages: int, tiles: int, blocks: int, least: int) -> int:
+    """How many blocks share a tile's K: the largest divisor of `stages` up to blocks / tiles that leaves each `least`."""
     wanted = max(1, blocks // max(tiles, 1))
-    return max((d for d in range(1, wanted + 1) if stages % d == 0 and stages // d >= 2), default=1)
+    return max((d for d in range(1, wanted + 1) if stages % d == 0 and stages // d >= least), default=1)
 
 
 def _rule_few(n: int, processors: int) -> Plan:
@@ -153,12 +153,15 @@ def _rule_few(n: int, processors: int) -> Plan:
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
     bm = min(64, max(16 if fp8 else 8, next_power_of_2(m)))
-    shapes = {8: (4, 3, 4), 16: (4, 3, 4), 32: (4, 3, 4 if fp8 else 2), 64: (4, 3, 3) if fp8 else (8, 2, 2)}
-    warps, stages, resident = shapes[bm]
+    if bm == 64:
+        # x is as large as the weights in a stage of 64 features: 128, where these still make a tile for every processor.
+        shape = (8, 2, 2) if not fp8 else (8, 3, 2) if n >= 128 * processors else (4, 3, 3)
+    else:
+        shape = {8: (4, 4, 4), 16: (4, 4 if fp8 else 3, 4), 32: (4, 3, 4 if fp8 else 2)}[bm]
+    warps, stages, resident = shape
     tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
     # More shares than these cost more to add up than they gain.
-    blocks = processors * 7 // 2 if bm <= 16 else processors * 2
-    split = split_of(k // _K_STEP, tiles, blocks)
+    split = split_of(k // _K_STEP, tiles, processors * (4 if bm <= 16 else 2), 4 if bm <= 16 else 2)
     return Plan(
         "decode",
         {"bm": bm, "warps": warps, "stages": stages, "resident": resident, "split": split},
@@ -305,6 +308,7 @@ def _launch_wgmma(
     partial, counters = split_k(x.device, shares * bn * bm, 2 * (tiles - whole)) if split > 1 else (None, None)
     if few:
         from .gemm_decode import gemm_decode
+        from .hopper import burst_of
 
         registers = min(255, 65536 // (32 * options["warps"] * options["resident"]) // 8 * 8)
         launch(
@@ -312,7 +316,7 @@ def _launch_wgmma(
             words, pairs, descriptor(x, (bm, _K_STEP)), out,
             fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split,
             gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
-            BM=bm, WARPS=options["warps"], STAGES=options["stages"],
+            BM=bm, WARPS=options["warps"], STAGES=options["stages"], BURST=burst_of(options["stages"]),
             TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
             num_warps=options["warps"], maxnreg=registers, launch_pdl=True,
         )  # fmt: skip

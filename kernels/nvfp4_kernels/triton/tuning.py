@@ -23,8 +23,12 @@ Call = Callable[[], object]
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # (BM, warps, stages, resident blocks) of the decode GEMM by what it multiplies.
 _DECODE_TILES = {
-    "none": ((8, 4, 3, 4), (16, 4, 3, 4), (32, 4, 3, 2), (64, 8, 2, 2)),
-    "fp8_per_token": ((16, 4, 3, 4), (32, 4, 3, 4), (64, 4, 3, 3), (64, 8, 3, 2)),
+    "none": ((8, 4, 4, 4), (16, 4, 3, 4), (16, 4, 4, 3), (32, 4, 3, 2), (64, 8, 2, 2)),
+    "fp8_per_token": (
+        *((16, *tile) for tile in ((4, 3, 4), (4, 4, 4), (4, 6, 2))),
+        *((32, *tile) for tile in ((4, 3, 4), (4, 4, 3), (8, 4, 2))),
+        *((64, *tile) for tile in ((4, 3, 3), (4, 4, 2), (8, 3, 2), (8, 6, 1))),
+    ),
 }
 
 
