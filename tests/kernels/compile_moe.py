@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from nvfp4_kernels.triton import moe_gemm_hopper, moe_operand_hopper
+from nvfp4_kernels.triton.hopper import burst_of
 
 _GEMM_TYPES = {
     "x": "*bf16",
@@ -166,7 +167,7 @@ def compile_hopper(
         "input_scale_ptr": None,
     }
     if small:
-        constants |= {"STAGES": weight_stages, "REDUCE": reduce, "MIN_STAGES": 2}
+        constants |= {"STAGES": weight_stages, "BURST": burst_of(weight_stages), "REDUCE": reduce, "MIN_STAGES": 2}
         constants |= {} if reduce else {"partial_ptr": None, "count_ptr": None}
     else:
         constants |= {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}

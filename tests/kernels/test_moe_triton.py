@@ -120,8 +120,8 @@ def test_no_tokens():
 def test_the_mode_of_auto_depends_on_the_slots_of_an_expert(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(kernels, "arch_of", lambda device: 90)
-    assert kernels.faster_mode(gpu, 64, 8, 128, 2048, 768) == "none"
-    assert kernels.faster_mode(gpu, 65, 8, 128, 2048, 768) == "fp8_per_token"
+    assert kernels.faster_mode(gpu, 32, 8, 128, 2048, 768) == "none"
+    assert kernels.faster_mode(gpu, 33, 8, 128, 2048, 768) == "fp8_per_token"
     assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2880) == "fp8_per_token"
     assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2896) == "none"  # the Hopper kernels do not take it
     monkeypatch.setattr(kernels, "arch_of", lambda device: 89)

@@ -30,11 +30,11 @@ def _block_m(slots: int, experts: int, hidden: int, inner: int, hopper: bool) ->
 def faster_mode(device: torch.device, tokens: int, top_k: int, experts: int, hidden: int, inner: int) -> str:
     """What "auto" stands for on Ada and Hopper at this shape: "fp8_per_token" or "none".
 
-    Up to four slots an expert the bytes of the weights count alone, and both take equally long.
+    Up to two slots an expert the bytes of the weights count alone, and both take equally long; at four, e4m3 is 5 % ahead.
     """
     if arch_of(device) != 90 or hidden % 32 or inner % 32:
         return "none"
-    return "fp8_per_token" if tokens * top_k > 4 * experts else "none"
+    return "fp8_per_token" if tokens * top_k > 2 * experts else "none"
 
 
 def describe(activation: str, device: torch.device) -> tuple[str, str]:

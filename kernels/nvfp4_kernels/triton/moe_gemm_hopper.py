@@ -25,7 +25,7 @@ from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
 from .descriptors import descriptor
 from .gluon_compat import thread_barrier, tma_load
-from .hopper import decode_16, decode_fp8, decode_word_fp8, halves, scale_pairs, scale_tables, sum_parts, tile_of
+from .hopper import burst_of, decode_16, decode_fp8, decode_word_fp8, halves, scale_pairs, scale_tables, sum_parts, tile_of
 from .launch import cdiv, launch
 from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
@@ -171,8 +171,17 @@ def _row_factor(
 
 
 @gluon.jit
+def _token_scale(token_ptr, m0, BM: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scales of BM rows of x from m0 on, [BM] along the columns of LAYOUT; ones where they have none."""
+    scale = gl.full([BM], 1.0, gl.float32, gl.SliceLayout(0, LAYOUT))
+    if token_ptr is not None:
+        scale = gl.load(token_ptr + m0 + gl.arange(0, BM, gl.SliceLayout(0, LAYOUT)))
+    return scale
+
+
+@gluon.jit
 def _finish(
-    acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, out_stride,
+    acc, factor, token_scale, out_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, out_stride,
     BM: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
     """Scale, bias, rounding and activation function of products [16 * WARPS, BM], and their way to `out`.
@@ -181,11 +190,7 @@ def _finish(
     """
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     COLUMNS: gl.constexpr = 8 * WARPS if ACT == 2 else 16 * WARPS
-    ACC: gl.constexpr = acc.type.layout
-    result = acc * factor[:, None]
-    if token_ptr is not None:
-        m = m0 + gl.arange(0, BM, gl.SliceLayout(0, ACC))
-        result *= gl.load(token_ptr + m)[None, :]
+    result = acc * factor[:, None] * token_scale[None, :]
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=0.0)
         result += bias.to(gl.float32)[:, None]
@@ -315,8 +320,8 @@ def _one_tile(
         row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
     )
     _finish(
-        acc, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, out_stride,
-        BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+        acc, factor, _token_scale(token_ptr, m0, BM, ACC), out_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0,
+        N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
     )  # fmt: skip
 
 
@@ -534,9 +539,10 @@ def grouped_gemm_long_kernel(
         low = gl.convert_layout(low, PART_ACC, assert_trivial=True)
         high = gl.convert_layout(high, PART_ACC, assert_trivial=True)
         for half in gl.static_range(2):
+            part0 = m0 + half * PART
             _finish(
-                low if half == 0 else high, factor, out_ptr, token_ptr, bias_ptr, live_ptr, expert, row, n_tile,
-                m0 + half * PART, N, out_stride,
+                low if half == 0 else high, factor, _token_scale(token_ptr, part0, PART, PART_ACC),
+                out_ptr, bias_ptr, live_ptr, expert, row, n_tile, part0, N, out_stride,
                 PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
 
@@ -596,18 +602,20 @@ def grouped_gemm_decode_kernel(
     w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, partial_ptr,
     count_ptr, tile_to_expert, offsets, N, pairs, out_stride, k_stages, n_tiles, shares, experts, row_expert, row_stride,
     input_scale_expert,
-    BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr,
+    BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, BURST: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr,
     OPERAND_ORDER: gl.constexpr, REDUCE: gl.constexpr, MIN_STAGES: gl.constexpr,
 ):  # fmt: skip
     """`grouped_gemm_kernel` for small tiles: bound by the bytes of the weights, so that their stream must not stop.
 
     Persistent: the loads run ahead across tiles. What a tile needs beside them is read a tile ahead: its expert two.
+    BURST, a divisor of STAGES: so many stages are loaded at once, so that neighbouring bytes of a row meet in the memory.
     REDUCE: `shares` blocks share the K of each tile, and the last of them adds up. 0: the blocks share the tiles that do not
     fill a round, as it is seen here how many those are: the host does not know how many experts were hit.
     """
     BN: gl.constexpr = 16 * WARPS
     FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
     FP16: gl.constexpr = x_desc.dtype == gl.float16
+    gl.static_assert(BURST < STAGES and STAGES % BURST == 0)
     XK: gl.constexpr = 128 if FP8 else 64
     PER_STAGE: gl.constexpr = 256 // XK
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
@@ -645,29 +653,30 @@ def grouped_gemm_decode_kernel(
     tile_next = _tile_of_unit(start + stride, whole, split, REDUCE)
     expert = gl.load(tile_to_expert + gl.minimum(tile // n_tiles, last_tile))
     expert_next = gl.load(tile_to_expert + gl.minimum(tile_next // n_tiles, last_tile))
+    # What is loaded next. Divisions happen between units alone: they take longer than a stage's copies.
     load_unit = start
-    load_tile = tile
     load_k, left = _share_of(start, whole, split, k_stages, REDUCE)
-    load_expert = expert
-    load_expert_next = expert_next
-    for i in gl.static_range(STAGES - 1):
-        row0 = load_expert * N + load_tile % n_tiles * COLUMNS
-        _load_weights(w_desc, s_desc, words, scales, bars.index(i), row0, second, load_k, i, X_BYTES, load_unit < units)
+    load_row = expert * N + tile % n_tiles * COLUMNS
+    load_m0 = tile // n_tiles * BM
+    load_expert = expert_next
+    for i in gl.static_range(STAGES - BURST):
+        _load_weights(w_desc, s_desc, words, scales, bars.index(i), load_row, second, load_k, i, X_BYTES, load_unit < units)
         load_k += 1
         left -= 1
         if left == 0:
             load_unit += stride
-            load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
             load_k, left = _share_of(load_unit, whole, split, k_stages, REDUCE)
-            load_expert = load_expert_next
+            load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
+            load_row = load_expert * N + load_tile % n_tiles * COLUMNS
+            load_m0 = load_tile // n_tiles * BM
             later = _tile_of_unit(load_unit + stride, whole, split, REDUCE) // n_tiles
-            load_expert_next = gl.load(tile_to_expert + gl.minimum(later, last_tile))
+            load_expert = gl.load(tile_to_expert + gl.minimum(later, last_tile))
     gdc_wait()
     gdc_launch_dependents()
     x_unit = start
     x_tile = tile
     x_k, x_left = _share_of(start, whole, split, k_stages, REDUCE)
-    for i in gl.static_range(STAGES - 1):
+    for i in gl.static_range(STAGES - BURST):
         _load_stage_x(x_desc, x_ring, bars.index(i), x_tile // n_tiles * BM, x_k, i, x_unit < units)
         x_k += 1
         x_left -= 1
@@ -686,8 +695,12 @@ def grouped_gemm_decode_kernel(
 
     step = 0
     for unit in range(start, units, stride):
+        # Needed a tile from here: whoever waits for an expert's number waits for a load behind all the weights' copies.
+        tile_later = _tile_of_unit(unit + 2 * stride, whole, split, REDUCE)
+        expert_later = gl.load(tile_to_expert + gl.minimum(tile_later // n_tiles, last_tile))
         n_tile = tile % n_tiles
         m0 = tile // n_tiles * BM
+        token_scale = _token_scale(token_ptr, m0, BM, ACC)
         row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
         factor = _row_factor(
             row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
@@ -699,13 +712,14 @@ def grouped_gemm_decode_kernel(
         first, count = _share_of(unit, whole, split, k_stages, REDUCE)
         if s_desc is None:
             later_first, _ = _share_of(unit + stride, whole, split, k_stages, REDUCE)
+            later_column0 = tile_next % n_tiles * COLUMNS
         for stage in range(count):
             if s_desc is None:
                 first_scales = next_first
                 second_scales = next_second
                 stays = stage + 1 < count
                 next_expert = gl.where(stays, expert, expert_next)
-                column0 = gl.where(stays, tile, tile_next) % n_tiles * COLUMNS
+                column0 = gl.where(stays, n_tile * COLUMNS, later_column0)
                 next_k = gl.where(stays, first + stage + 1, later_first)
                 next_first = _fetch_scales(s_ptr, next_expert, column0, second, N, pairs, next_k, 0, WARPS)
                 next_second = _fetch_scales(s_ptr, next_expert, column0, second, N, pairs, next_k, 1, WARPS)
@@ -728,23 +742,26 @@ def grouped_gemm_decode_kernel(
                     x = x_ring.index(slot * PER_STAGE + chunk * (PER_STAGE // 2) + half)
                     token = warpgroup_mma(a, x.permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-            thread_barrier()
-            # The stage before this one is free: its products are done, in every warp past the barrier.
-            free = (step + STAGES - 1) % STAGES
-            more = load_unit < units
-            row0 = load_expert * N + load_tile % n_tiles * COLUMNS
-            _load_weights(w_desc, s_desc, words, scales, bars.index(free), row0, second, load_k, free, X_BYTES, more)
-            _load_stage_x(x_desc, x_ring, bars.index(free), load_tile // n_tiles * BM, load_k, free, more)
+            if step % BURST == 0:
+                # The stages before this one are free: their products are done, in every warp past the barrier.
+                thread_barrier()
+                for i in gl.static_range(BURST):
+                    free = (step + STAGES - BURST + i) % STAGES
+                    more = load_unit < units
+                    bar = bars.index(free)
+                    _load_weights(w_desc, s_desc, words, scales, bar, load_row, second, load_k, free, X_BYTES, more)
+                    _load_stage_x(x_desc, x_ring, bar, load_m0, load_k, free, more)
+                    load_k += 1
+                    left -= 1
+                    if left == 0:
+                        load_unit += stride
+                        load_k, left = _share_of(load_unit, whole, split, k_stages, REDUCE)
+                        load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
+                        load_row = load_expert * N + load_tile % n_tiles * COLUMNS
+                        load_m0 = load_tile // n_tiles * BM
+                        later = _tile_of_unit(load_unit + stride, whole, split, REDUCE) // n_tiles
+                        load_expert = gl.load(tile_to_expert + gl.minimum(later, last_tile))
             step += 1
-            load_k += 1
-            left -= 1
-            if left == 0:
-                load_unit += stride
-                load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
-                load_k, left = _share_of(load_unit, whole, split, k_stages, REDUCE)
-                load_expert = load_expert_next
-                later = _tile_of_unit(load_unit + stride, whole, split, REDUCE) // n_tiles
-                load_expert_next = gl.load(tile_to_expert + gl.minimum(later, last_tile))
         acc = warpgroup_mma_wait(0, deps=[token])
         last = True
         if REDUCE:  # noqa: SIM102
@@ -752,13 +769,13 @@ def grouped_gemm_decode_kernel(
                 last, acc = sum_parts(acc, partial_ptr, count_ptr, tile - whole, unit - whole, split, BN, BM, WARPS)
         if last:
             _finish(
-                acc, factor, out_ptr, token_ptr, bias_ptr, None, expert, row, n_tile, m0,
+                acc, factor, token_scale, out_ptr, bias_ptr, None, expert, row, n_tile, m0,
                 N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
         tile = tile_next
-        tile_next = _tile_of_unit(unit + 2 * stride, whole, split, REDUCE)
+        tile_next = tile_later
         expert = expert_next
-        expert_next = gl.load(tile_to_expert + gl.minimum(tile_next // n_tiles, last_tile))
+        expert_next = expert_later
 
 
 def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str) -> bool:
@@ -874,7 +891,8 @@ def grouped_gemm(
         launch(
             grouped_gemm_decode_kernel, (blocks,),
             *operands, partial, count, *maps, stages, n_tiles, shares, *strides,
-            STAGES=weight_stages, REDUCE=partial is not None, MIN_STAGES=_MIN_STAGES, **options,
+            STAGES=weight_stages, BURST=burst_of(weight_stages) if stages >= 4 else 1,
+            REDUCE=partial is not None, MIN_STAGES=_MIN_STAGES, **options,
         )  # fmt: skip
     else:
         long = block_m == _LONG_ROWS
