@@ -1,25 +1,22 @@
 """W4A4 by the GEMMs of others, on Blackwell's FP4 tensor cores: cuBLAS's through torch, and FlashInfer's `mm_fp4`.
 
-Both take the block scales of weight and activations in the 128x4 layout, so that a weight's, which a checkpoint holds
-row-major, are brought into it at each call: a ninth of the weight's bytes, read and written. Scales of tokens and rows and
-the bias follow in a kernel of ours. cuBLAS hands it fp32, and the output is rounded once; FlashInfer's product is bf16
-already, and rounded a second time.
+The activations are quantized by our own kernel, so that every backend multiplies the same codes. Both products take the block
+scales of weight and activations in the 128x4 layout, so that a weight's, which a checkpoint holds row-major, are brought into
+it at each call: a ninth of the weight's bytes, read and written. Scales of tokens and rows and the bias follow in a kernel of
+ours. cuBLAS hands it fp32, and the output is rounded once; FlashInfer's product is bf16 already, and rounded a second time.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import implementation
 from ..formats import SfLayout, to_layout
 from ..reference.source import PLAIN, Source
 from .activation import sourced
 from .launch import cdiv, launch
-from .linear import check_dtype, inverse_base
+from .linear import check_dtype, quantize_nvfp4
 
 _BLOCK = 1024
 
@@ -51,30 +48,11 @@ def linear(
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    codes, sf, token_scale = quantize(sourced(x, source, k).contiguous(), backend, activation, input_scale)
+    x = sourced(x, source, k).contiguous()
+    codes, sf, token_scale = quantize_nvfp4(x, activation, input_scale, SfLayout.layout_128x4)
     weight_sf = to_layout(scales.contiguous().view(torch.uint8), SfLayout.layout_128x4)
     product = multiply(backend, codes, sf, data.contiguous(), weight_sf)
     return scale_product(product, token_scale, row_scale, bias, out)
-
-
-def quantize(
-    x: torch.Tensor, backend: str, activation: str, input_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [M, K] to codes, scale bytes in 128x4 and the scale of each row, fp32 [M], or of all, [1]."""
-    quantizer = partial(
-        implementation("quantize", x.device, "cuda" if backend == "cublas" else backend),
-        layout=SfLayout.layout_128x4,
-        shuffle=False,
-        row_index=None,
-        fast=False,
-        pdl=False,
-    )
-    if activation == "nvfp4_per_token":
-        return quantizer(x, inverse_base(x.device), per_token=True)
-    assert input_scale is not None  # api.py refuses this mode without one
-    scale = input_scale.reshape(1)
-    codes, sf, _ = quantizer(x, 1.0 / scale, per_token=False)
-    return codes, sf, scale
 
 
 def multiply(backend: str, codes: torch.Tensor, sf: torch.Tensor, data: torch.Tensor, weight_sf: torch.Tensor) -> torch.Tensor:

@@ -435,14 +435,14 @@ def run(
 
 
 def quantize_nvfp4(
-    x: torch.Tensor, activation: str, input_scale: torch.Tensor | None
+    x: torch.Tensor, activation: str, input_scale: torch.Tensor | None, layout: SfLayout = SfLayout.layout_linear
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x to W4A4 codes, linear scales and the scale of each row, fp32 [M], or of all, [1]."""
+    """x [M, K] to W4A4 codes, scale bytes in `layout` and the scale of each row, fp32 [M], or of all, [1]."""
     if activation == "nvfp4_per_token":
-        return quantize(x, inverse_base(x.device), layout=SfLayout.layout_linear, per_token=True)
+        return quantize(x, inverse_base(x.device), layout=layout, per_token=True)
     assert input_scale is not None  # api.py refuses this mode without one
     scale = input_scale.reshape(1)
-    codes, sf, _ = quantize(x, scale, layout=SfLayout.layout_linear, decode_scale=True)
+    codes, sf, _ = quantize(x, scale, layout=layout, decode_scale=True)
     return codes, sf, scale
 
 
