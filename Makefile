@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 PYTEST := $(BIN)/python -m pytest --durations=15
 COMPILE_TESTS := $(sort $(wildcard tests/kernels/test*compile.py))
 # Kernels also have to compile on these versions of Triton, beside that of .venv.
-TRITONS := 3.6.0 3.9.0
+TRITONS := 3.6.0 3.8.0 3.9.0
 PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off -q
 
 .PHONY: demo test gpu-test lint clean install

@@ -248,7 +248,8 @@ def test_eval_of_weights_that_lose_nothing(model):
 def test_doctor():
     report = json.loads(invoke("doctor", "--json", "--device", "cpu").stdout)
     assert report["device"]["type"] == "cpu"
-    assert report["versions"]["torch"] == torch.__version__
+    # A distribution of PyPI leaves out which CUDA it was built for, which torch tells behind a "+".
+    assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     for framework in report["frameworks"]:
         assert framework["installed"]
         assert framework["entry_point"].startswith("nvfp4_plugin.")

@@ -316,7 +316,8 @@ def e2m1_magnitude(a):
     # In the binade of p the grid has the step p/2 (and 1/2 below 1): adding and taking away 1.5 * 2^22 * p rounds to it.
     binade = (a.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     binade = tl.minimum(tl.maximum(binade, 1.0), 4.0) * 6291456.0
-    return tl.minimum((a + binade) - binade, 6.0)
+    rounded = (a + binade) - binade
+    return tl.where(rounded < 6.0, rounded, 6.0)  # 6 for NaN, which minimum keeps in the interpreter of some Triton versions
 
 
 @triton.jit
