@@ -597,6 +597,19 @@ def _share_of(unit, whole, split, stages, REDUCE: gl.constexpr):
         return 0, stages
 
 
+@gluon.jit
+def _unit_to_load(
+    unit, expert, tile_to_expert, last_tile, whole, split, stages, n_tiles, stride,
+    N, BM: gl.constexpr, COLUMNS: gl.constexpr, REDUCE: gl.constexpr,
+):  # fmt: skip
+    """What a unit of work of `expert` copies: (first stage, stages, row of weights, row of x, the next unit's expert)."""
+    first, count = _share_of(unit, whole, split, stages, REDUCE)
+    tile = _tile_of_unit(unit, whole, split, REDUCE)
+    later = _tile_of_unit(unit + stride, whole, split, REDUCE) // n_tiles
+    expert_later = gl.load(tile_to_expert + gl.minimum(later, last_tile))
+    return first, count, expert * N + tile % n_tiles * COLUMNS, tile // n_tiles * BM, expert_later
+
+
 @gluon.jit(do_not_specialize=["n_tiles", "shares"])
 def grouped_gemm_decode_kernel(
     w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, partial_ptr,
@@ -652,25 +665,22 @@ def grouped_gemm_decode_kernel(
     tile = _tile_of_unit(start, whole, split, REDUCE)
     tile_next = _tile_of_unit(start + stride, whole, split, REDUCE)
     expert = gl.load(tile_to_expert + gl.minimum(tile // n_tiles, last_tile))
-    expert_next = gl.load(tile_to_expert + gl.minimum(tile_next // n_tiles, last_tile))
     # What is loaded next. Divisions happen between units alone: they take longer than a stage's copies.
     load_unit = start
-    load_k, left = _share_of(start, whole, split, k_stages, REDUCE)
-    load_row = expert * N + tile % n_tiles * COLUMNS
-    load_m0 = tile // n_tiles * BM
-    load_expert = expert_next
+    load_k, left, load_row, load_m0, load_expert = _unit_to_load(
+        start, expert, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride, N, BM, COLUMNS, REDUCE
+    )
+    expert_next = load_expert
     for i in gl.static_range(STAGES - BURST):
         _load_weights(w_desc, s_desc, words, scales, bars.index(i), load_row, second, load_k, i, X_BYTES, load_unit < units)
         load_k += 1
         left -= 1
         if left == 0:
             load_unit += stride
-            load_k, left = _share_of(load_unit, whole, split, k_stages, REDUCE)
-            load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
-            load_row = load_expert * N + load_tile % n_tiles * COLUMNS
-            load_m0 = load_tile // n_tiles * BM
-            later = _tile_of_unit(load_unit + stride, whole, split, REDUCE) // n_tiles
-            load_expert = gl.load(tile_to_expert + gl.minimum(later, last_tile))
+            load_k, left, load_row, load_m0, load_expert = _unit_to_load(
+                load_unit, load_expert, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride,
+                N, BM, COLUMNS, REDUCE,
+            )  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
     x_unit = start
@@ -755,12 +765,10 @@ def grouped_gemm_decode_kernel(
                     left -= 1
                     if left == 0:
                         load_unit += stride
-                        load_k, left = _share_of(load_unit, whole, split, k_stages, REDUCE)
-                        load_tile = _tile_of_unit(load_unit, whole, split, REDUCE)
-                        load_row = load_expert * N + load_tile % n_tiles * COLUMNS
-                        load_m0 = load_tile // n_tiles * BM
-                        later = _tile_of_unit(load_unit + stride, whole, split, REDUCE) // n_tiles
-                        load_expert = gl.load(tile_to_expert + gl.minimum(later, last_tile))
+                        load_k, left, load_row, load_m0, load_expert = _unit_to_load(
+                            load_unit, load_expert, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride,
+                            N, BM, COLUMNS, REDUCE,
+                        )  # fmt: skip
             step += 1
         acc = warpgroup_mma_wait(0, deps=[token])
         last = True
