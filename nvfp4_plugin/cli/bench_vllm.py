@@ -192,7 +192,10 @@ def _measure(
         workers = {method: _Worker(method, config, activation, share, timeout) for method in group}
         for worker in workers.values():
             worker.wait_until_ready()
-        results |= {method: worker.measure() for method, worker in workers.items()}
+        for method, worker in workers.items():
+            results[method] = worker.measure()
+            # Minutes pass until the table; what is known is said at once.
+            sys.stderr.write(f"{method}: {json_line(results[method])}\n")
     return results
 
 
