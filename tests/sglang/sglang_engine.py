@@ -13,6 +13,8 @@ from typing import Any
 
 # Before SGLang is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# SGLang brings up NCCL among ranks on the CPU, too, wherever torch was built for CUDA, unless its library cannot be loaded.
+os.environ["SGLANG_NCCL_SO_PATH"] = "no NCCL among CPUs"
 
 import pytest
 import torch
