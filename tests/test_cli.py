@@ -398,6 +398,23 @@ def test_a_server_is_stopped_with_its_children_however_we_leave(tmp_path, error)
     assert _gone(child)
 
 
+def test_a_signal_while_the_server_is_forked_stops_it(monkeypatch, tmp_path):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(server.subprocess, "Popen", Interrupted)
+    launch = server.Launch([sys.executable, "-c", "import time; time.sleep(600)"], {})
+    with pytest.raises(KeyboardInterrupt), server.running(launch, server.free_port(), tmp_path / "log"):
+        pytest.fail("it was never ready")
+    assert [_gone(pid) for pid in started] == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path):
     launch = server.Launch(
         [sys.executable, "-c", "import os; print('because of ' + os.environ['WHY']); exit(3)"], {"WHY": "this"}

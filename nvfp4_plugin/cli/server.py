@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -80,21 +81,47 @@ def running(
 
     While it starts, `waiting` gets the last line of its log about four times a second. Raises ServerError.
     """
-    with log.open("wb") as output:
-        # A session of its own: Ctrl-C reaches this process alone, which then stops the whole group.
-        process = subprocess.Popen(
-            list(launch.command),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **launch.env},
-            start_new_session=True,
-        )
+    process = None
     try:
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the whole group.
+        with log.open("wb") as output, _signals_later():
+            process = subprocess.Popen(
+                list(launch.command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **launch.env},
+                start_new_session=True,
+            )
         _wait(process, port, log, time.monotonic() + timeout, waiting)
         yield f"http://{HOST}:{port}"
     finally:
-        stop(process)
+        if process is not None:
+            stop(process)
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Python's handlers of the signals that end a program run when the block ends, not inside of it.
+
+    What they raise between a fork and the assignment of its process would leave a process that nobody stops. A signal mask
+    would do the same, but a child inherits it. Handlers run in the main thread alone, so elsewhere there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for arrived in came:
+        signal.raise_signal(arrived)
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float, waiting: Callable[[str], None]) -> None:
