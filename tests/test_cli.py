@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from nvfp4_configs import CheckpointFormat, Nvfp4Config
 from nvfp4_kernels import Nvfp4Weight, quantize_weight
-from nvfp4_plugin.cli import app, benchmark, server
+from nvfp4_plugin.cli import app, benchmark, processes, server
 from nvfp4_plugin.cli.benchmark import Case, Unavailable
 from nvfp4_plugin.cli.model_folder import ModelFolder, sqnr
 from nvfp4_plugin.cli.sample_model import cache_folder
@@ -398,7 +399,7 @@ def test_a_server_is_stopped_with_its_children_however_we_leave(tmp_path, error)
     assert _gone(child)
 
 
-def test_a_signal_while_the_server_is_forked_stops_it(monkeypatch, tmp_path):
+def test_a_signal_at_the_fork_stops_the_process(monkeypatch):
     started = []
 
     class Interrupted(subprocess.Popen):
@@ -407,12 +408,22 @@ def test_a_signal_while_the_server_is_forked_stops_it(monkeypatch, tmp_path):
             started.append(self.pid)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(server.subprocess, "Popen", Interrupted)
-    launch = server.Launch([sys.executable, "-c", "import time; time.sleep(600)"], {})
-    with pytest.raises(KeyboardInterrupt), server.running(launch, server.free_port(), tmp_path / "log"):
-        pytest.fail("it was never ready")
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), processes.process_group([sys.executable, "-c", "import time; time.sleep(600)"]):
+        pass
     assert [_gone(pid) for pid in started] == [True]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_started_beside_the_main_thread_is_stopped():
+    with ThreadPoolExecutor() as pool:
+
+        def work():
+            with processes.process_group([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+                assert not _gone(process.pid)
+            return process.pid
+
+        assert _gone(pool.submit(work).result())
 
 
 def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path):
@@ -453,10 +464,11 @@ def test_the_sample_model_lies_in_the_users_cache(monkeypatch, tmp_path):
         assert cache_folder() == Path.home() / ".cache" / "nvfp4-plugin"
 
 
-def test_an_interrupted_demo_leaves_no_server(model, tmp_path):
-    """SIGTERM while the server starts: the demo stops it before it ends."""
+@pytest.mark.parametrize("arguments", [("demo", "MODEL"), ("bench", "vllm", "--layers", "1", "--together")])
+def test_an_interrupted_command_leaves_no_process(model, tmp_path, arguments):
+    """SIGTERM while a server or an engine starts: the command stops it before it ends."""
     environment = os.environ | {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "nvfp4_plugin.cli", "demo", str(model)]
+    command = [sys.executable, "-m", "nvfp4_plugin.cli", *(str(model) if word == "MODEL" else word for word in arguments)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not (children := _children(process.pid)) and process.poll() is None and time.monotonic() < deadline:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvfp4_plugin.cli.benchmark import JsonOption
+from nvfp4_plugin.cli.processes import interrupt_on_termination, process_group
 
 _COMMON = {"torch_dtype": "bfloat16", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -109,6 +109,7 @@ def vllm(
     config = dict(SHAPES[shape])
     if layers:
         config["num_hidden_layers"] = layers
+    interrupt_on_termination()
     results = _measure(method, config, activation, timeout, together)
     if json:
         sys.stdout.write(json_line({"shape": shape, "layers": config["num_hidden_layers"], "results": results}) + "\n")
@@ -134,26 +135,27 @@ def json_line(value: object) -> str:
 
 
 class _Worker:
-    """The process of one method: starts its engine, waits for `measure`, prints what it measured."""
+    """The process of one method: starts its engine, waits for `measure`, prints what it measured. Gone when closed."""
 
     def __init__(self, method: str, config: dict[str, Any], activation: str, share: float, timeout: int) -> None:
         self._deadline = time.monotonic() + timeout
         self._timeout = timeout
-        self._folder = tempfile.TemporaryDirectory()
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by measure)
-        # A session of its own: the engine's processes go with it, also those that outlive their parent.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "nvfp4_plugin.cli.bench_vllm"],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        job = {"method": method, "config": config, "activation": activation, "memory": share, "folder": self._folder.name}
-        self._process.stdin.write(json_line(job))
-        self._process.stdin.close()
+        with contextlib.ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self._log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            self._process = stack.enter_context(
+                process_group(
+                    [sys.executable, "-m", "nvfp4_plugin.cli.bench_vllm"],
+                    stdin=subprocess.PIPE,
+                    stdout=self._log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+            job = {"method": method, "config": config, "activation": activation, "memory": share, "folder": str(self._folder)}
+            assert self._process.stdin is not None
+            self._process.stdin.write(json_line(job).encode())
+            self._process.stdin.close()
+            self.close = stack.pop_all().close
 
     def _wait(self, until: Callable[[], bool]) -> None:
         while self._process.poll() is None and not until() and time.monotonic() < self._deadline:
@@ -161,20 +163,15 @@ class _Worker:
 
     def wait_until_ready(self) -> None:
         """Return when the engine has started, or will not any more."""
-        self._wait(Path(self._folder.name, _READY).exists)
+        self._wait((self._folder / _READY).exists)
 
     def measure(self) -> dict[str, Any]:
-        """Let the engine work; what the process printed, or an error. The process is gone afterwards."""
-        Path(self._folder.name, _GO).touch()
+        """Let the engine work; what the process printed, or an error."""
+        (self._folder / _GO).touch()
         self._wait(lambda: False)
         code = self._process.poll()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
         self._log.seek(0)
         output = self._log.read()
-        self._log.close()
-        self._folder.cleanup()
         lines = [line for line in output.splitlines() if line.startswith(_RESULT)]
         if lines:
             return json.loads(lines[-1])
@@ -189,13 +186,17 @@ def _measure(
     results: dict[str, dict[str, Any]] = {}
     for group in [methods] if together else [[method] for method in methods]:
         share = 0.9 / len(group)
-        workers = {method: _Worker(method, config, activation, share, timeout) for method in group}
-        for worker in workers.values():
-            worker.wait_until_ready()
-        for method, worker in workers.items():
-            results[method] = worker.measure()
-            # Minutes pass until the table; what is known is said at once.
-            sys.stderr.write(f"{method}: {json_line(results[method])}\n")
+        with contextlib.ExitStack() as stack:
+            workers: dict[str, _Worker] = {}
+            for method in group:
+                workers[method] = stack.enter_context(contextlib.closing(_Worker(method, config, activation, share, timeout)))
+            for worker in workers.values():
+                worker.wait_until_ready()
+            for method, worker in workers.items():
+                results[method] = worker.measure()
+                worker.close()  # its memory and its threads are the next one's
+                # Minutes pass until the table; what is known is said at once.
+                sys.stderr.write(f"{method}: {json_line(results[method])}\n")
     return results
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from nvfp4_configs import CONFIG_ENV, Nvfp4Config
 from nvfp4_plugin.cli.benchmark import device_name, pick_device
+from nvfp4_plugin.cli.processes import interrupt_on_termination
 from nvfp4_plugin.cli.sample_model import NAME, sample_model
 from nvfp4_plugin.cli.server import LAUNCHES, ServerError, free_port, running
 
@@ -48,18 +48,12 @@ def demo(
     console = Console()
     if framework not in LAUNCHES:
         raise typer.BadParameter(f"got {framework!r}; allowed: {', '.join(LAUNCHES)}", param_hint="--framework")
-    # `kill` and a closed terminal stop the server as Ctrl-C does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interrupt_on_termination()
     try:
         _demo(model, framework, timeout, console)
     except ServerError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _demo(model: str, framework: str, timeout: float, console: Console) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_plugin.cli.processes import process_group
+
 HOST = "127.0.0.1"
-STOP_SECONDS = 8.0
-"""How long a server may take to stop before it is killed."""
 
 
 class ServerError(RuntimeError):
@@ -81,47 +78,18 @@ def running(
 
     While it starts, `waiting` gets the last line of its log about four times a second. Raises ServerError.
     """
-    process = None
-    try:
-        # A session of its own: Ctrl-C reaches this process alone, which then stops the whole group.
-        with log.open("wb") as output, _signals_later():
-            process = subprocess.Popen(
-                list(launch.command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **launch.env},
-                start_new_session=True,
-            )
+    with (
+        log.open("wb") as output,
+        process_group(
+            launch.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **launch.env},
+        ) as process,
+    ):
         _wait(process, port, log, time.monotonic() + timeout, waiting)
         yield f"http://{HOST}:{port}"
-    finally:
-        if process is not None:
-            stop(process)
-
-
-@contextmanager
-def _signals_later() -> Iterator[None]:
-    """Python's handlers of the signals that end a program run when the block ends, not inside of it.
-
-    What they raise between a fork and the assignment of its process would leave a process that nobody stops. A signal mask
-    would do the same, but a child inherits it. Handlers run in the main thread alone, so elsewhere there is nothing to do.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    for arrived in came:
-        signal.raise_signal(arrived)
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float, waiting: Callable[[str], None]) -> None:
@@ -140,20 +108,3 @@ def _healthy(port: int) -> bool:
             return response.status == 200
     except (OSError, urllib.error.URLError):
         return False
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process that leads its own session, and every process of its group."""
-    _signal_group(process, signal.SIGTERM)
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    finally:  # after a second Ctrl-C too
-        # Engine processes may outlive the one that we started.
-        _signal_group(process, signal.SIGKILL)
-        process.wait()
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
