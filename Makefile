@@ -15,7 +15,7 @@ DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 PYTEST := $(BIN)/python -m pytest --durations=15
 COMPILE_TESTS := $(sort $(wildcard tests/kernels/test*compile.py))
-# Kernels also have to compile on these versions of Triton, beside that of .venv.
+# Kernels also have to compile on these versions of Triton, beside that of .venv, and to run in the interpreter of the last.
 TRITONS := 3.6.0 3.8.0 3.9.0
 PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off -q
 
@@ -31,6 +31,7 @@ test: $(INSTALLED) $(TRITONS:%=.triton/%/.installed)
 	$(PYTEST) $(COMPILE_TESTS)
 	set -e; for version in $(TRITONS); do \
 	  echo "Triton $$version"; PYTHONPATH=.triton/$$version $(PYTEST) $(COMPILE_TESTS); done
+	PYTHONPATH=.triton/$(lastword $(TRITONS)) $(PYTEST) tests/kernels $(COMPILE_TESTS:%=--ignore=%)
 	$(PYTEST) tests/vllm
 	$(PYTEST) tests/sglang
 

@@ -83,7 +83,7 @@ def combine_kernel(
     for slot in range(TOP_K):
         row = tl.load(index + token * TOP_K + slot).to(tl.int64)
         # A slot without an expert adds nothing, whatever its weight holds.
-        term = tl.load(y + row * hidden + column, mask=(column < hidden) & (row >= 0), other=0.0).to(tl.float32)
+        term = tl.load(y + row * hidden + column, mask=column < tl.where(row >= 0, hidden, 0), other=0.0).to(tl.float32)
         if WEIGHTED:
             term *= tl.load(topk_weights + token * TOP_K + slot, mask=row >= 0, other=0.0).to(tl.float32)
         total += term

@@ -132,13 +132,14 @@ def operand_kernel(
                 target = row
                 if SCATTER and COPIES > 1:
                     target = tl.load(index + slot + copy).to(tl.int64)
-                tl.store(out + target * width + column, values, mask=(column < width) & (target >= 0))
+                tl.store(out + target * width + column, values, mask=column < tl.where(target >= 0, width, 0))
         if MODE == "nvfp4_per_token" or MODE == "fp8_per_token":
             for copy in range(COPIES):
                 target = row
                 if SCATTER and COPIES > 1:
                     target = tl.load(index + slot + copy).to(tl.int64)
-                tl.store(out_scale + target + tl.arange(0, 1), scale, mask=target >= 0)
+                at = target + tl.arange(0, 1)
+                tl.store(out_scale + at, scale, mask=at >= 0)
 
 
 def has_fp8_tensor_cores(arch: int) -> bool:

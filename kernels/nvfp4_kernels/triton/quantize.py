@@ -209,7 +209,7 @@ def quantize_kernel(
             if ROWS == "scattered":
                 tl.store(named + target, row.to(tl.int32), mask=written)
             else:
-                tl.store(token_scale + target, scale, mask=written & (part == 0))
+                tl.store(token_scale + target, scale, mask=written & (tl.zeros_like(row) == part))
         if ROWS == "scattered":
             tl.store(token_scale + row, scale, mask=live)
     inverse_g = reciprocal(g, FAST, ARCH)
