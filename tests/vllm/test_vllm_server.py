@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +11,9 @@ import vllm_engine  # noqa: F401 (settings of the environment, which the server 
 from checkpoints import PROMPT, VOCAB
 from vllm_engine import engine
 
+from nvfp4_plugin.cli import server
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +36,17 @@ def model(checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port, log = _port(), tmp_path_factory.mktemp("log") / "server.log"
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--quantization", "nvfp4"),
+    port = server.free_port()
+    arguments = [
         *("--additional-config", json.dumps({"nvfp4": {"activation": "none"}}), "--served-model-name", "tiny"),
-        *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"),
-        *("--max-model-len", "128", "--max-num-seqs", "4", "--gpu-memory-utilization", "0.3"),
+        *("--dtype", "float32", "--max-model-len", "128"),
     ]
+    launch = server.vllm_launch(str(model), port, on_gpu=False, arguments=arguments)
     # The engine in a process of its own, as users have it.
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert server.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(60)
+    environment = {**launch.env, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with server.running(server.Launch(launch.command, environment), port, log, timeout=300) as base:
+        yield f"{base}/v1"
 
 
 def test_server_completes_as_the_engine_does(url: str, model: Path) -> None:

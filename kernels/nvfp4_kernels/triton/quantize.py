@@ -209,6 +209,7 @@ def quantize_kernel(
             if ROWS == "scattered":
                 tl.store(named + target, row.to(tl.int32), mask=written)
             else:
+                # No `& (part == 0)`: Triton 3.9's interpreter refuses masks of a tensor and a scalar.
                 tl.store(token_scale + target, scale, mask=written & (tl.zeros_like(row) == part))
         if ROWS == "scattered":
             tl.store(token_scale + row, scale, mask=live)
