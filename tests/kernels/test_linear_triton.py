@@ -138,7 +138,6 @@ def test_every_shipped_entry_runs_somewhere() -> None:
                 assert (shape in table["auto"]) == ("1" in table["none"].get(shape, {}))
                 for m, entry in entries.items():
                     assert entry["kernel"] in ("few", "decode", "medium", "large", "widen")
-                    assert entry["kernel"] != "decode" or (k // 256) % entry["split"] == 0
                     assert k // 256 >= entry.get("split", 1)
                     assert entry["kernel"] != "few" or int(m) <= 8
                     assert entry["kernel"] != "decode" or int(m) <= max(entry["bm"], 256 * (entry["bm"] == 64))
@@ -151,7 +150,6 @@ def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) 
     for dtype in (torch.bfloat16, torch.float16):
         plan = gpu.plan(on_device("another Hopper", 90), mode, m, n, k, dtype)
         assert plan.reason
-        assert plan.kernel != "decode" or (k // 256) % plan.parameters["split"] == 0
         assert k // 256 >= plan.parameters.get("split", 1)
         assert plan.kernel != "few" or (m <= 8 and mode != "fp8_per_token")
         assert plan.kernel != "decode" or (m <= 128 and min(m, 64) <= plan.parameters["bm"] <= 64)
@@ -175,4 +173,6 @@ def test_first_fp8() -> None:
     none = {"1": 10.0, "8": 10.0, "16": 10.0}
     assert tuning._first_fp8(none, {"1": 9.0, "8": 9.0, "16": 9.0}) == 1
     assert tuning._first_fp8(none, {"1": 12.0, "8": 12.0, "16": 9.0}) == 9
-    assert tuning._first_fp8(none, {"1": 12.0, "8": 9.0, "16": 9.9}) == 17
+    assert tuning._first_fp8(none, {"1": 12.0, "8": 9.0, "16": 9.9}) == 2
+    assert tuning._first_fp8(none, {"1": 9.0, "8": 10.6, "16": 9.0}) == 9
+    assert tuning._first_fp8(none, {"1": 9.8, "8": 9.8, "16": 9.8}) == 17

@@ -38,6 +38,14 @@ def _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n0, k, slot, pred
     tma_load(s_desc, [n0, k * 8], bar, scales.index(slot), pred=pred)
 
 
+@gluon.jit
+def _share(unit, stages, split):
+    """(first stage, stages) of a unit of work: `split` of them share a tile's K, one stage more or less each."""
+    share = unit % split
+    first = share * stages // split
+    return first, (share + 1) * stages // split - first
+
+
 @gluon.jit(do_not_specialize=["M", "N", "stages", "split", "row_stride", "token_stride"])
 def gemm_decode(
     w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
@@ -47,7 +55,7 @@ def gemm_decode(
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T for BM <= 64, see linear.py for the arguments.
 
-    w_desc in boxes [16 WARPS, 32], x_desc [BM, 256], K permuted; stages = K / 256 / split, the steps of a unit of work.
+    w_desc in boxes [16 WARPS, 32], x_desc [BM, 256], K permuted; stages = K / 256, which `split` units of work share.
     BURST, a divisor of STAGES: so many stages are loaded at once, so that neighbouring bytes of a row meet in the memory.
     The rest as gemm_large.
     """
@@ -78,8 +86,7 @@ def gemm_decode(
     # The loads run ahead of the products, across units; divisions happen between units alone.
     ahead = gl.program_id(0)
     n_ahead = ahead // split // m_tiles * BN
-    k_ahead = ahead % split * stages
-    left = stages
+    k_ahead, left = _share(ahead, stages, split)
     for i in gl.static_range(STAGES - BURST):
         _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n_ahead, k_ahead, i, ahead < units)
         k_ahead += 1
@@ -87,14 +94,12 @@ def gemm_decode(
         if left == 0:
             ahead += stride
             n_ahead = ahead // split // m_tiles * BN
-            k_ahead = ahead % split * stages
-            left = stages
+            k_ahead, left = _share(ahead, stages, split)
     # The weights of the first stages are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
     x_unit = gl.program_id(0)
     m_ahead = x_unit // split % m_tiles * BM
-    x_k = x_unit % split * stages
-    x_left = stages
+    x_k, x_left = _share(x_unit, stages, split)
     for i in gl.static_range(STAGES - BURST):
         tma_load(x_desc, [m_ahead, x_k * 256], bars.index(i), x_ring.index(i), pred=x_unit < units)
         x_k += 1
@@ -102,8 +107,7 @@ def gemm_decode(
         if x_left == 0:
             x_unit += stride
             m_ahead = x_unit // split % m_tiles * BM
-            x_k = x_unit % split * stages
-            x_left = stages
+            x_k, x_left = _share(x_unit, stages, split)
 
     slot = 0
     phase = 0
@@ -113,7 +117,8 @@ def gemm_decode(
         if FP8:
             fold = fold_pairs(fold_ptr, tile // m_tiles * BN, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        for _stage in range(stages):
+        _, count = _share(unit, stages, split)
+        for _stage in range(count):
             mbarrier.wait(bars.index(slot), phase)
             for chunk in gl.static_range(2):
                 w = words.index(slot).slice(16 * chunk, 16, dim=1).load(WORDS)
@@ -142,8 +147,7 @@ def gemm_decode(
                         ahead += stride
                         n_ahead = ahead // split // m_tiles * BN
                         m_ahead = ahead // split % m_tiles * BM
-                        k_ahead = ahead % split * stages
-                        left = stages
+                        k_ahead, left = _share(ahead, stages, split)
                 free = slot
             slot += 1
             if slot == STAGES:

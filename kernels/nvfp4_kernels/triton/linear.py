@@ -139,12 +139,6 @@ def hopper_problem(n: int, k: int) -> str | None:
     return None
 
 
-def split_of(stages: int, tiles: int, blocks: int, least: int) -> int:
-    """How many blocks share a tile's K: the largest divisor of `stages` up to blocks / tiles that leaves each `least`."""
-    wanted = max(1, blocks // max(tiles, 1))
-    return max((d for d in range(1, wanted + 1) if stages % d == 0 and stages // d >= least), default=1)
-
-
 def _rule_few(n: int, processors: int) -> Plan:
     # Measured best with 11 warps and more on every processor.
     warps = 4 if cdiv(n, 16) * 4 >= processors * 11 else 8
@@ -152,7 +146,7 @@ def _rule_few(n: int, processors: int) -> Plan:
 
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
-    bm = min(64, max(16 if fp8 else 8, next_power_of_2(m)))
+    bm = min(64, max(8, next_power_of_2(m)))
     if bm == 64:
         # x is as large as the weights in a stage of 64 features: 128, where these still make a tile for every processor.
         shape = (8, 2, 2) if not fp8 else (8, 3, 2) if n >= 128 * processors else (4, 3, 3)
@@ -160,8 +154,8 @@ def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
         shape = {8: (4, 4, 4), 16: (4, 4 if fp8 else 3, 4), 32: (4, 3, 4 if fp8 else 2)}[bm]
     warps, stages, resident = shape
     tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
-    # More shares than these cost more to add up than they gain.
-    split = split_of(k // _K_STEP, tiles, processors * (4 if bm <= 16 else 2), 4 if bm <= 16 else 2)
+    # As many shares of K as keep all blocks busy at once; parts of less than two stages cost more to add up than they gain.
+    split = max(1, min(processors * (4 if bm <= 16 else 2) // tiles, k // _K_STEP // 2, 16))
     return Plan(
         "decode",
         {"bm": bm, "warps": warps, "stages": stages, "resident": resident, "split": split},
@@ -314,7 +308,7 @@ def _launch_wgmma(
         launch(
             gemm_decode, (min(tiles * split, processors * options["resident"]),),
             words, pairs, descriptor(x, (bm, _K_STEP)), out,
-            fold, row_scale, token_scale, bias, partial, counters, n, m, stages // split, split,
+            fold, row_scale, token_scale, bias, partial, counters, n, m, stages, split,
             gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
             BM=bm, WARPS=options["warps"], STAGES=options["stages"], BURST=burst_of(options["stages"]),
             TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
