@@ -112,6 +112,21 @@ def test_fp8_fold_is_the_smallest_power_of_two_that_fits():
     assert quantize_weight(torch.randn(4, 32)).prepared("none").fp8_fold is None
 
 
+@pytest.mark.parametrize("k", [48, 256, 608])
+def test_prepared_scales_of_a_stack_begin_at_whole_16_bytes(k):
+    weight = quantize_weight(torch.randn(3, 5, k))
+    prepared = weight.prepared("none")
+    assert torch.equal(prepared.scales.view(torch.uint8), weight.scales.view(torch.uint8))
+    pitch = -(-k // 256) * 16
+    assert prepared.scales.stride() == (5 * pitch, pitch, 1)
+    whole = prepared.scales.view(torch.uint8).as_strided((3, 5, pitch), (5 * pitch, pitch, 1))
+    assert not whole[..., k // 16 :].any()
+    assert (prepared.scales.data_ptr() == weight.scales.data_ptr()) == (k == 256)
+    assert prepared.prepared("none").scales.data_ptr() == prepared.scales.data_ptr()
+    assert prepared.nbytes == weight.nbytes
+    assert torch.equal(prepared.dequantize(), weight.dequantize())
+
+
 W = torch.randn(4, 32)
 
 

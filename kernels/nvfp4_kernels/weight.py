@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import ops
-from .formats import E2M1_MAX, E4M3_MAX, GROUP_SIZE, e4m3_decode
+from .formats import E2M1_MAX, E4M3_MAX, GROUP_SIZE, align_scale_rows, e4m3_decode
 from .reference.quantize import dequantize
 from .reference.weight import SCALE_BASE, SCALE_SEARCHES
 
@@ -17,7 +17,7 @@ class Nvfp4Weight:
     """A weight [N, K], or a stack [E, N, K], in NVFP4. Its value is e2m1 * scale * global_scale.
 
     data: uint8 [..., N, K/2], two e2m1 codes a byte, the low nibble is the even index.
-    scales: float8_e4m3fn [..., N, K/16], row-major.
+    scales: float8_e4m3fn [..., N, K/16], row-major; the rows of a stack may lie further apart than they are long.
     global_scale: fp32 decode scale, [] or [E]; for layers fused of several logical matrices also per row, [N] or [E, N].
     fp8_fold: fp32 [..., N], the power of two that `prepared` takes out of each row for the FP8 path; None until then.
     """
@@ -62,10 +62,13 @@ class Nvfp4Weight:
         return self.global_scale if per_row else self.global_scale.unsqueeze(-1)
 
     def prepared(self, activation: str) -> Nvfp4Weight:
-        """This weight with what `activation` derives from its scales; the same tensors otherwise. Call it after a (re)load."""
-        if activation not in ("fp8_per_token", "auto"):
-            return self
-        return replace(self, fp8_fold=fp8_fold(self.scales))
+        """This weight as the kernels take it under `activation`, so that no call has to make it so. Call it after a (re)load.
+
+        The same tensors, but for the fold that FP8 needs, and for the scales of a stack, see `formats.align_scale_rows`.
+        """
+        scales = align_scale_rows(self.scales) if self.scales.dim() == 3 else self.scales
+        fold = fp8_fold(self.scales) if activation in ("fp8_per_token", "auto") else self.fp8_fold
+        return replace(self, scales=scales, fp8_fold=fold)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight's values, [..., N, K] in `dtype`."""

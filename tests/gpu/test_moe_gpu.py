@@ -16,11 +16,13 @@ pytestmark = pytest.mark.gpu
 MODES = ["none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor"]
 # Both round at the same places, but sum in another order (FP8 tensor cores with fewer bits, too): a flipped last bit of h
 # moves a code of its quantization. The products themselves have a bound of their own below.
+# One token's few flipped codes do not average out: over 60 runs its error spread up to 0.034.
+ONE_TOKEN = 5e-2
 BOUND = {"none": 4e-3, "fp8_per_token": 2e-2, "nvfp4_per_token": 2e-2, "nvfp4_per_tensor": 2e-2}
 HOPPER = (512, 256)  # hidden and intermediate sizes that the Hopper kernel takes
 SPLIT = (2048, 1024)  # such that blocks share a tile where tokens are few
 ROUNDS = (4096, 3072)  # such that few tokens make more tiles than thread blocks run at once, and some of them are shared
-RAGGED = (608, 352)  # such that rows of scales are too short for bulk copies, and K ends within a stage
+RAGGED = (608, 352)  # such that rows of scales need room between them for bulk copies, and K ends within a stage
 ODD = (208, 80)  # and such that only the portable one takes
 
 
@@ -85,7 +87,8 @@ def check(x, weights, ids, arguments, bound=None, **more) -> torch.Tensor:
     assert got.dtype == x.dtype
     assert got.shape == want.shape
     error = ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
-    assert error < (bound or BOUND[arguments["activation"]]), error
+    mode = arguments["activation"]
+    assert error < (bound or (ONE_TOKEN if len(x) == 1 and mode != "none" else BOUND[mode])), error
     return got
 
 
@@ -96,8 +99,9 @@ def check(x, weights, ids, arguments, bound=None, **more) -> torch.Tensor:
         (ODD, 5, 16),
         (ODD, 250, 128),
         *(((2048, 768), m, b) for m, b in ((5, 8), (9, 16), (40, 32), (90, 64), (250, 128), (700, 256))),
-        *((RAGGED, m, b) for m, b in ((5, 8), (40, 32), (90, 64), (250, 128))),
+        *((RAGGED, m, b) for m, b in ((5, 8), (40, 32), (90, 64), (250, 128), (700, 256))),
         *(((7168, 256), m, b) for m, b in ((90, 64), (250, 128))),
+        *(((256, 512), m, b) for m, b in ((90, 64), (250, 128), (700, 256))),
     ],
 )
 def test_products_err_by_the_output_rounding_alone(mode, sizes, m, block_m):
@@ -192,7 +196,7 @@ def test_layer_whose_last_tiles_are_shared(mode, m):
 
 @pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
 @pytest.mark.parametrize(
-    ("block_m", "sizes"), [(8, SPLIT), (64, SPLIT), (256, SPLIT), (8, RAGGED), (16, RAGGED), (128, RAGGED)]
+    ("block_m", "sizes"), [(8, SPLIT), (64, SPLIT), (256, SPLIT), (8, RAGGED), (16, RAGGED), (128, RAGGED), (256, RAGGED)]
 )
 def test_layer_in_tiles_of_any_size(mode, block_m, sizes, monkeypatch):
     from nvfp4_kernels.triton import moe

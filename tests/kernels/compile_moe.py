@@ -28,9 +28,10 @@ _GEMM_TYPES = {
     "row_scale": "*fp32",
     "tile_to_expert": "*i32",
     "out": "*bf16",
-    **dict.fromkeys(("x_stride", "N", "K", "n_blocks", "row_scale_expert", "row_scale_row", "input_scale_expert"), "i32"),
+    **dict.fromkeys(("x_stride", "scales_stride", "N", "K", "n_blocks"), "i32"),
+    **dict.fromkeys(("row_scale_expert", "row_scale_row", "input_scale_expert"), "i32"),
 }
-_ALIGNED = ("x", "data", "scales", "out", "x_stride", "N", "K")
+_ALIGNED = ("x", "data", "scales", "out", "x_stride", "scales_stride", "N", "K")
 
 
 def _gemm(name: str, types: dict[str, str], block_m: int, fold: bool, act: int = 2) -> Row:
@@ -142,21 +143,24 @@ def resource_usage(compiled: Any) -> dict[str, int]:
 
 
 def compile_hopper(
-    block_m: int, x: str, act: int, operand_order: bool, reduce: bool = False, direct: bool = False, by_word: bool = False
+    block_m: int, x: str, act: int, operand_order: bool, reduce: bool = False, by_word: bool = False, k: int = 4096
 ) -> dict[str, Any]:
-    """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"; direct: scales without bulk copies."""
+    """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"."""
     fp8 = x == "fp8e4nv"
-    warps, weight_stages, x_stages, resident = moe_gemm_hopper.tiling(block_m, fp8)
+    warps, weight_stages, x_stages, resident = moe_gemm_hopper.tiling(block_m, fp8, k)
+    short = moe_gemm_hopper.is_short(block_m, fp8, k)
     small = block_m <= moe_gemm_hopper._DECODE_ROWS
     kernel = moe_gemm_hopper.grouped_gemm_kernel
-    if small:
+    if short:
+        kernel = moe_gemm_hopper.grouped_gemm_short_kernel
+    elif small:
         kernel = moe_gemm_hopper.grouped_gemm_decode_kernel
     elif block_m == moe_gemm_hopper._LONG_ROWS:
         kernel = moe_gemm_hopper.grouped_gemm_long_kernel
 
     def descriptor(kind: str, box: list[int], element: Any) -> str:
         layout = gl.NVMMASharedLayout.get_default_for(box, element)
-        return f"tensordesc<{kind}[{box[0]}, {box[1]}],{layout!r}>"
+        return f"tensordesc<{kind}{box},{layout!r}>"
 
     constants: dict[str, Any] = {
         "BM": block_m,
@@ -166,23 +170,25 @@ def compile_hopper(
         "OPERAND_ORDER": operand_order,
         "input_scale_ptr": None,
     }
-    if small:
+    if short:
+        constants |= {"WEIGHT_STAGES": weight_stages}
+    elif small:
         constants |= {"STAGES": weight_stages, "BURST": burst_of(weight_stages), "REDUCE": reduce, "MIN_STAGES": 2}
         constants |= {} if reduce else {"partial_ptr": None, "count_ptr": None}
     else:
         constants |= {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}
         if block_m != moe_gemm_hopper._LONG_ROWS:
             constants["BY_WORD"] = by_word
-    constants |= {"s_desc": None} if direct else {"s_ptr": None}
     if not fp8:
         constants |= {"fold_ptr": None, "token_ptr": None}
+    parts = 2 if act == 2 else 1
+    rows = 16 * warps // parts
     element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[x]
     out = "fp16" if x == "fp16" else "bf16"
     types = {
-        "w_desc": descriptor("i32", [8 * warps, 32 if small else 16], gl.int32),
-        "s_desc": descriptor("i16", [8 * warps, 8], gl.int16),
+        "w_desc": descriptor("i32", [parts, rows, 32 if small or short else 16], gl.int32),
+        "s_desc": descriptor("i16", [parts, rows, 8], gl.int16),
         "x_desc": descriptor(x, [block_m, 128 if fp8 else 64], element),
-        "s_ptr": "*i16",
         "out_ptr": f"*{out}",
         "bias_ptr": f"*{out}",
         **dict.fromkeys(("fold_ptr", "row_ptr", "token_ptr", "partial_ptr"), "*fp32"),
@@ -195,9 +201,9 @@ def compile_hopper(
         (names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names and name not in constants
     }
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    kinds = {"split": reduce, "direct": direct, "by word": by_word}
+    kinds = {"split": reduce, "by word": by_word, "short": short}
     options = {"num_warps": warps, "launch_pdl": True}
-    if direct or by_word or block_m == 128:
+    if by_word or short or block_m == 128:
         options["maxnreg"] = moe_gemm_hopper.max_registers(warps, resident)
     compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {
@@ -237,18 +243,16 @@ HOPPER = [
     (32, "fp16", 0, False),
     (32, "fp8e4nv", 0, False),
     (32, "bf16", 2, True, True),
-    (8, "fp8e4nv", 2, False, True, True),
-    (16, "bf16", 2, True, False, True),
-    (32, "fp8e4nv", 0, False, True, True),
+    *((rows, "fp8e4nv", 0, False, False, False, 256) for rows in (8, 16, 32, 64, 128)),
+    (16, "fp8e4nv", 2, False, False, False, 2880),
+    (8, "bf16", 2, True, True, False, 2880),
     (64, "fp8e4nv", 2, False),
     (64, "bf16", 1, True),
     (128, "fp8e4nv", 2, False),
     (128, "fp8e4nv", 0, False),
     (128, "bf16", 2, True),
     (64, "fp8e4nv", 2, False, False, True),
-    (64, "fp8e4nv", 2, False, False, False, True),
-    (128, "fp8e4nv", 2, False, False, True, True),
-    (128, "fp8e4nv", 0, False, False, False, True),
+    (128, "fp8e4nv", 0, False, False, True),
     (256, "fp8e4nv", 2, False),
     (256, "fp8e4nv", 0, False),
     (256, "bf16", 2, True),

@@ -23,26 +23,24 @@ class _Memory:
 
 
 @functools.lru_cache(maxsize=4096)
-def _made(address: int, dtype: torch.dtype, rows: int, columns: int, row_stride: int, box: tuple[int, int]) -> TensorDescriptor:
-    row_bytes = box[1] * dtype.itemsize
+def _made(address: int, dtype: torch.dtype, shape: tuple[int, ...], row_stride: int, box: tuple[int, ...]) -> TensorDescriptor:
+    row_bytes = box[-1] * dtype.itemsize
     swizzle = next((width for width in (128, 64, 32) if row_bytes % width == 0), 0)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=dtype.itemsize * 8, rank=2)
-    return TensorDescriptor(_Memory(address, dtype), [rows, columns], [row_stride, 1], list(box), layout)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=dtype.itemsize * 8, rank=len(box))
+    strides = [row_stride, 1] if len(box) == 2 else [shape[1] * row_stride, row_stride, 1]
+    return TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(box), layout)
 
 
-def descriptor(tensor: torch.Tensor, box: tuple[int, int], dtype: torch.dtype | None = None) -> TensorDescriptor:
+def descriptor(
+    tensor: torch.Tensor, box: tuple[int, ...], dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
+) -> TensorDescriptor:
     """Boxes of all rows of a tensor [..., columns], in the widest swizzle that a box's rows allow.
 
-    The rows are one stride apart and 16-byte aligned. dtype: what the values are taken for, if not for what they are.
+    The rows are one stride apart and 16-byte aligned. dtype: what the values are taken for, if not for what they are. shape:
+    two or three dimensions, in values of dtype, that the rows are arranged in, if not [rows, columns].
     """
-    *leading, columns = tensor.shape
     size = tensor.element_size()
     dtype = dtype or tensor.dtype
-    return _made(
-        tensor.data_ptr(),
-        dtype,
-        math.prod(leading),
-        columns * size // dtype.itemsize,
-        tensor.stride(-2) * size // dtype.itemsize,
-        box,
-    )
+    *leading, columns = tensor.shape
+    shape = shape or (math.prod(leading), columns * size // dtype.itemsize)
+    return _made(tensor.data_ptr(), dtype, shape, tensor.stride(-2) * size // dtype.itemsize, box)

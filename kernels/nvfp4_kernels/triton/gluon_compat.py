@@ -14,6 +14,18 @@ tma_store_wait = tma.store_wait
 # So was the barrier of a thread block.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
+# And another view of shared memory, in Triton 3.9.
+_PUBLIC_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def reinterpret(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory as values of DTYPE in SHAPE and LAYOUT."""
+    if _PUBLIC_REINTERPRET:
+        return memory.reinterpret(DTYPE, SHAPE, LAYOUT)
+    else:
+        return memory._reinterpret(DTYPE, SHAPE, LAYOUT)
+
 
 @gluon.jit
 def wait_for_previous_kernel():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..devices import arch_of
+from ..formats import align_scale_rows
 from . import moe_gemm, moe_gemm_hopper
 from .moe_combine import combine
 from .moe_gemm import ExpertWeights
@@ -56,7 +57,7 @@ def _expert_weights(
 ) -> ExpertWeights:
     return ExpertWeights(
         data.contiguous(),
-        scales.contiguous(),
+        align_scale_rows(scales),
         row_scale.contiguous(),
         fp8_fold.contiguous() if fp8_fold is not None and activation == "fp8_per_token" else None,
         input_scale.contiguous() if input_scale is not None and activation == "nvfp4_per_tensor" else None,

@@ -24,7 +24,8 @@ _UNGATED = 1
 
 
 class ExpertWeights(NamedTuple):
-    """A stack of experts as `reference.moe.fused_moe` takes it, contiguous; what its mode does not use is None."""
+    """A stack of experts as `reference.moe.fused_moe` takes it, contiguous but for the rows of `scales`, which may lie further
+    apart; what its mode does not use is None."""
 
     data: torch.Tensor
     scales: torch.Tensor
@@ -64,7 +65,7 @@ def decode_tile(packed, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, dty
 @triton.jit(do_not_specialize=["n_blocks"])
 def grouped_gemm_kernel(
     x, row_of, x_scale, data, scales, row_scale, fold, input_scale, bias, tile_to_expert, out,
-    x_stride, N, K, n_blocks, row_scale_expert, row_scale_row, input_scale_expert,
+    x_stride, scales_stride, N, K, n_blocks, row_scale_expert, row_scale_row, input_scale_expert,
     GATHER: tl.constexpr, ACT: tl.constexpr, ACT_FN: tl.constexpr, INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +93,7 @@ def grouped_gemm_kernel(
         k_group = tl.arange(0, BLOCK_K // 16)
         x_at = x + source[:, None] * x_stride + k[None, :]
         data_at = data + weight_row64[:, None] * (K // 2) + k_byte[None, :]
-        scale_at = scales + weight_row64[:, None] * (K // 16) + k_group[None, :]
+        scale_at = scales + weight_row64[:, None] * scales_stride + k_group[None, :]
         inverse_fold = tl.full([BLOCK_N], 1.0, tl.float32)
         factor = tl.load(row_scale + expert * row_scale_expert + weight_row * row_scale_row)
         if fold is not None:
@@ -177,6 +178,7 @@ def grouped_gemm(
         routing.tile_to_expert,
         out,
         x.stride(0),
+        weights.scales.stride(1),
         n,
         k,
         n_blocks,

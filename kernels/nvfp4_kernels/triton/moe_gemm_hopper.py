@@ -24,7 +24,7 @@ from ..devices import arch_of, processors_of
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
 from .descriptors import descriptor
-from .gluon_compat import thread_barrier, tma_load
+from .gluon_compat import reinterpret, thread_barrier, tma_load
 from .hopper import burst_of, decode_16, decode_fp8, decode_word_fp8, halves, scale_pairs, scale_tables, sum_parts, tile_of
 from .launch import cdiv, launch
 from .moe_combine import gated, ungated
@@ -47,10 +47,10 @@ def _words_layout(warps):
 
 
 @gluon.constexpr_function
-def _half_words_layout(warps):
-    """One of the two 8-row halves of every fragment: [8 * warps, 16 words]."""
+def _loaded_words_layout(warps):
+    """The same words as they lie in shared memory: the first 8 rows of all fragments, then their last 8."""
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2]], lanes, _warp_rows(8, warps), [], [8 * warps, 16])
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8 * warps, 0]], lanes, _warp_rows(8, warps), [], [16 * warps, 16])
 
 
 @gluon.constexpr_function
@@ -61,64 +61,16 @@ def _pairs_layout(warps):
 
 
 @gluon.constexpr_function
-def _half_pairs_layout(warps):
+def _loaded_pairs_layout(warps):
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([], lanes, _warp_rows(8, warps), [], [8 * warps, 4])
+    return gl.DistributedLinearLayout([[8 * warps, 0]], lanes, _warp_rows(8, warps), [], [16 * warps, 4])
 
 
-@gluon.jit
-def _load_weights(w_desc, s_desc, words, scales, bar, row, second, k, stage, more_bytes: gl.constexpr, pred):
-    """Weight stage k (256 values of K) of rows row.. and row + second.. into slot `stage`; `more_bytes` come on `bar`, too.
-
-    Without s_desc, its scales are left to `_scale_pairs`.
-    """
-    BOX: gl.constexpr = w_desc.block_type.shape[1]
-    BOXES: gl.constexpr = 32 // BOX
-    SCALE_BYTES: gl.constexpr = 0 if s_desc is None else 2 * s_desc.block_type.nbytes
-    mbarrier.expect(bar, 2 * BOXES * w_desc.block_type.nbytes + SCALE_BYTES + more_bytes, pred=pred)
-    for part in gl.static_range(2):
-        for box in gl.static_range(BOXES):
-            slot = words.index((stage * BOXES + box) * 2 + part)
-            tma_load(w_desc, [row + part * second, k * 32 + box * BOX], bar, slot, pred=pred)
-        if s_desc is not None:
-            tma_load(s_desc, [row + part * second, k * 8], bar, scales.index(stage * 2 + part), pred=pred)
-
-
-@gluon.jit
-def _load_x(x_desc, x_ring, bars, m0, k, stage, XK: gl.constexpr, pred):
-    mbarrier.expect(bars.index(stage), x_desc.block_type.nbytes, pred=pred)
-    tma_load(x_desc, [m0, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
-
-
-@gluon.jit
-def _interleave(first, second, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
-    """[8 * WARPS, columns] twice to [16 * WARPS, columns]: 8 rows of the one, 8 rows of the other, in turns."""
-    COLUMNS: gl.constexpr = first.shape[1]
-    both = gl.reshape(gl.join(first, second), [WARPS, 8, COLUMNS, 2])
-    both = gl.reshape(gl.permute(both, [0, 3, 1, 2]), [16 * WARPS, COLUMNS])
-    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _read_words(words, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
-    """Words [16 * WARPS, 16] of 128 values of K, from shared memory."""
-    HALF: gl.constexpr = _half_words_layout(WARPS)
-    if words.shape[2] == 16:
-        first = words.index(slot * 4 + chunk * 2)
-        second = words.index(slot * 4 + chunk * 2 + 1)
-    else:
-        first = words.index(slot * 2).slice(16 * chunk, 16, dim=1)
-        second = words.index(slot * 2 + 1).slice(16 * chunk, 16, dim=1)
-    return _interleave(first.load(HALF), second.load(HALF), WARPS, _words_layout(WARPS))
-
-
-@gluon.jit
-def _read_scales(scales, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
-    """Scale pairs [16 * WARPS, 4] of 128 values of K, from shared memory."""
-    HALF: gl.constexpr = _half_pairs_layout(WARPS)
-    first = scales.index(slot * 2).slice(4 * chunk, 4, dim=1).load(HALF)
-    second = scales.index(slot * 2 + 1).slice(4 * chunk, 4, dim=1).load(HALF)
-    return _interleave(first, second, WARPS, _pairs_layout(WARPS))
+@gluon.constexpr_function
+def _rows_layout(columns, warps, operand_order):
+    """How a tile's results [rows, columns] are stored."""
+    vector = columns // 16 if operand_order else 8
+    return gl.BlockedLayout([1, vector], [32 * vector // columns, columns // vector], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -129,16 +81,62 @@ def _weight_rows(column0, second, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_scales(s_ptr, expert, column0, second, N, pairs, k, chunk: gl.constexpr, WARPS: gl.constexpr):
-    """Scale pairs [16 * WARPS, 4] of 128 values of K, from global memory, where rows of `pairs` are too short for bulk copies.
+def _load_weights(w_desc, s_desc, words, scales, bar, expert, column, k, stage, pred, MORE_BYTES: gl.constexpr = 0):
+    """Weight stage k (256 values of K) of an expert's rows for columns `column`.. of the result, into slot `stage`.
 
-    0 past the end of a row.
+    MORE_BYTES come on `bar`, too.
     """
-    LAYOUT: gl.constexpr = _pairs_layout(WARPS)
-    row = _weight_rows(column0, second, WARPS, LAYOUT)
-    column = k * 8 + chunk * 4 + gl.arange(0, 4, gl.SliceLayout(0, LAYOUT))
-    at = s_ptr + expert.to(gl.int64) * (N * pairs)
-    return gl.load(at + (row[:, None] * pairs + column[None, :]), mask=(row < N)[:, None] & (column < pairs)[None, :], other=0)
+    PARTS: gl.constexpr = w_desc.block_type.shape[0]
+    BOX: gl.constexpr = w_desc.block_type.shape[2]
+    BOXES: gl.constexpr = 32 // BOX
+    mbarrier.expect(bar, BOXES * w_desc.block_type.nbytes + s_desc.block_type.nbytes + MORE_BYTES, pred=pred)
+    for box in gl.static_range(BOXES):
+        tma_load(w_desc, [expert * PARTS, column, k * 32 + box * BOX], bar, words.index(stage * BOXES + box), pred=pred)
+    tma_load(s_desc, [expert * PARTS, column, k * 8], bar, scales.index(stage), pred=pred)
+
+
+@gluon.jit
+def _load_x(x_desc, x_ring, bars, m0, k, stage, XK: gl.constexpr, pred):
+    mbarrier.expect(bars.index(stage), x_desc.block_type.nbytes, pred=pred)
+    tma_load(x_desc, [m0, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
+
+
+@gluon.jit
+def _as_fragments(loaded, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """[16 * WARPS, columns] from shared memory to fragments: 8 rows of the first half, 8 rows of the second, in turns."""
+    COLUMNS: gl.constexpr = loaded.shape[1]
+    rows = gl.permute(gl.reshape(loaded, [2, WARPS, 8, COLUMNS]), [1, 0, 2, 3])
+    return gl.convert_layout(gl.reshape(rows, [16 * WARPS, COLUMNS]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _read_words(words, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
+    """Words [16 * WARPS, 16] of 128 values of K, from shared memory."""
+    if words.shape[2] == 16:  # noqa: SIM108
+        loaded = words.index(slot * 2 + chunk)
+    else:
+        loaded = words.index(slot).slice(16 * chunk, 16, dim=1)
+    return _as_fragments(loaded.load(_loaded_words_layout(WARPS)), WARPS, _words_layout(WARPS))
+
+
+@gluon.jit
+def _read_scales(scales, slot, chunk: gl.constexpr, WARPS: gl.constexpr):
+    """Scale pairs [16 * WARPS, 4] of 128 values of K, from shared memory."""
+    loaded = scales.index(slot).slice(4 * chunk, 4, dim=1).load(_loaded_pairs_layout(WARPS))
+    return _as_fragments(loaded, WARPS, _pairs_layout(WARPS))
+
+
+@gluon.jit
+def _weight_slots(w_desc, s_desc, STAGES: gl.constexpr, WARPS: gl.constexpr):
+    """Shared memory for `STAGES` weight stages: words and scales as copies fill them, then as warps read them."""
+    PARTS: gl.constexpr = w_desc.block_type.shape[0]
+    BOX: gl.constexpr = w_desc.block_type.shape[2]
+    ROWS: gl.constexpr = 16 * WARPS
+    words = gl.allocate_shared_memory(gl.int32, [STAGES * 32 // BOX, PARTS, ROWS // PARTS, BOX], w_desc.layout)
+    read_words = reinterpret(words, gl.int32, [STAGES * 32 // BOX, ROWS, BOX], gl.NVMMASharedLayout(4 * BOX, 32, 2))
+    scales = gl.allocate_shared_memory(gl.int16, [STAGES, PARTS, ROWS // PARTS, 8], s_desc.layout)
+    read_scales = reinterpret(scales, gl.int16, [STAGES, ROWS, 8], gl.NVMMASharedLayout(0, 16, 2))
+    return words, scales, read_words, read_scales
 
 
 @gluon.jit
@@ -180,14 +178,18 @@ def _token_scale(token_ptr, m0, BM: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _live(live_ptr, m0, BM: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, OPERAND_ORDER: gl.constexpr):
+    """Which of BM rows from m0 on are no padding; live_ptr: permuted_idx_to_token."""
+    row = m0 + gl.arange(0, BM, gl.SliceLayout(1, _rows_layout(COLUMNS, WARPS, OPERAND_ORDER)))
+    return gl.load(live_ptr + row) >= 0
+
+
+@gluon.jit
 def _finish(
-    acc, factor, token_scale, out_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0, N, out_stride,
+    acc, factor, token_scale, live, out_ptr, bias_ptr, expert, row, n_tile, m0, N, out_stride,
     BM: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
-    """Scale, bias, rounding and activation function of products [16 * WARPS, BM], and their way to `out`.
-
-    live_ptr: permuted_idx_to_token where padding rows are to be left out.
-    """
+    """Scale, bias, rounding and activation function of products [16 * WARPS, BM]; the rows that are `live` go to `out`."""
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     COLUMNS: gl.constexpr = 8 * WARPS if ACT == 2 else 16 * WARPS
     result = acc * factor[:, None] * token_scale[None, :]
@@ -209,16 +211,15 @@ def _finish(
         VALUES: gl.constexpr = values.type.layout
         inside = n_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, VALUES)) < width
         values = gl.where(inside[None, :], values, 0.0)
-    VECTOR: gl.constexpr = COLUMNS // 16 if OPERAND_ORDER else 8
     if OPERAND_ORDER:
+        VECTOR: gl.constexpr = COLUMNS // 16
         # t word h j -> word j t h, for the part of t that the tile holds: COLUMNS / 16 neighbours stay together.
         values = gl.permute(gl.reshape(values, [BM, COLUMNS // 32, 4, 2, 4]), [0, 2, 4, 1, 3])
         values = gl.reshape(values, [BM, COLUMNS])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // COLUMNS, COLUMNS // VECTOR], [WARPS, 1], [1, 0])
+    ROWS: gl.constexpr = _rows_layout(COLUMNS, WARPS, OPERAND_ORDER)
     values = gl.convert_layout(values, ROWS)
     out_row = (m0 + gl.arange(0, BM, gl.SliceLayout(1, ROWS))).to(gl.int64)
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, ROWS))
-    live = gl.load(live_ptr + out_row) >= 0 if live_ptr is not None else out_row >= 0
     if OPERAND_ORDER:
         PARTS: gl.constexpr = 128 // COLUMNS
         column = n_tile // PARTS * 128 + n_tile % PARTS * VECTOR + column // VECTOR * 8 + column % VECTOR
@@ -239,8 +240,8 @@ def _word(words, word: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def _one_tile(
-    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
-    words, scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, pairs, out_stride, k_stages,
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+    words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, out_stride, k_stages,
     row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr, BY_WORD: gl.constexpr,
@@ -254,12 +255,9 @@ def _one_tile(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 if FP8 else 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
     COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN
+    column0 = n_tile * COLUMNS
     second = N // 2 if ACT == 2 else BN // 2
-    row0 = expert * N + n_tile * COLUMNS
     x_stages = k_stages * PER_STAGE
-    if s_desc is None:
-        next_first = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, 0, 0, WARPS)
-        next_second = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, 0, 1, WARPS)
 
     token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
     x_step = 0
@@ -267,20 +265,12 @@ def _one_tile(
         # Every warp is past the last barrier, so past its reads of the stage before: that slot is free.
         ahead_w = stage + WEIGHT_STAGES - 1
         free = ahead_w % WEIGHT_STAGES
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(free), row0, second, ahead_w, free, 0, ahead_w < k_stages)
-        if s_desc is None:
-            first_scales = next_first
-            second_scales = next_second
-            next_first = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, stage + 1, 0, WARPS)
-            next_second = _fetch_scales(s_ptr, expert, n_tile * COLUMNS, second, N, pairs, stage + 1, 1, WARPS)
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(free), expert, column0, ahead_w, free, ahead_w < k_stages)
         slot = stage % WEIGHT_STAGES
         mbarrier.wait(w_bars.index(slot), (stage // WEIGHT_STAGES) & 1)
         for chunk in gl.static_range(2):
-            w = _read_words(words, slot, chunk, WARPS)
-            if s_desc is None:  # noqa: SIM108
-                s = first_scales if chunk == 0 else second_scales
-            else:
-                s = _read_scales(scales, slot, chunk, WARPS)
+            w = _read_words(read_words, slot, chunk, WARPS)
+            s = _read_scales(read_scales, slot, chunk, WARPS)
             if not FP8:
                 s_first, s_second = scale_pairs(s, FP16)
                 w_first, w_second = halves(w, BN)
@@ -315,28 +305,30 @@ def _one_tile(
                 x_step += 1
     acc = warpgroup_mma_wait(0, deps=[token])
 
-    row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
+    row = _weight_rows(column0, second, WARPS, ACC)
     factor = _row_factor(
         row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
     )
+    live = _live(live_ptr, m0, BM, COLUMNS, WARPS, OPERAND_ORDER)
     _finish(
-        acc, factor, _token_scale(token_ptr, m0, BM, ACC), out_ptr, bias_ptr, live_ptr, expert, row, n_tile, m0,
+        acc, factor, _token_scale(token_ptr, m0, BM, ACC), live, out_ptr, bias_ptr, expert, row, n_tile, m0,
         N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_kernel(
-    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
-    offsets, N, pairs, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+    offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr, BY_WORD: gl.constexpr,
 ):  # fmt: skip
     """out[rows of a tile] = epilogue(x @ weight[expert of the tile]^T), rows in permuted order; a tile a thread block.
 
-    w_desc int32 [E * N, K/8] in boxes [8 * WARPS, 16 or 32], s_desc int16 [E * N, K/32] in boxes [8 * WARPS, 8],
-    x_desc [rows, K] in the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0:
-    none. OPERAND_ORDER: out's columns come in the order that the next GEMM reads 16-bit operands in.
+    w_desc int32 [E * parts, N / parts, K/8] in boxes [parts, 16 * WARPS / parts, 16 or 32], parts being 2 where gate lies
+    above up and 1 elsewhere; s_desc int16 [E * parts, N / parts, K/32] in boxes [parts, 16 * WARPS / parts, 8]; x_desc
+    [rows, K] in the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0: none.
+    OPERAND_ORDER: out's columns come in the order that the next GEMM reads 16-bit operands in.
 
     BY_WORD: FP8 operands are decoded and multiplied a word of each thread, 32 values of K, at a time.
 
@@ -357,13 +349,10 @@ def grouped_gemm_kernel(
     m_tiles = gl.load(offsets + expert + 1) // BM - first_tile
     n_tile, m_tile = tile_of(unit - first_tile * n_tiles, n_tiles, m_tiles, GROUP)
     m0 = (first_tile + m_tile) * BM
+    column0 = n_tile * COLUMNS
     second = N // 2 if ACT == 2 else BN // 2
-    row0 = expert * N + n_tile * COLUMNS
 
-    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 4, BN // 2, 16], w_desc.layout)
-    scales = words
-    if s_desc is not None:
-        scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES * 2, BN // 2, 8], s_desc.layout)
+    words, scales, read_words, read_scales = _weight_slots(w_desc, s_desc, WEIGHT_STAGES, WARPS)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
     w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
     x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
@@ -374,28 +363,28 @@ def grouped_gemm_kernel(
     fence_async_shared()
     x_stages = k_stages * PER_STAGE
     for i in gl.static_range(WEIGHT_STAGES - 1):
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), row0, second, i, i, 0, i < k_stages)
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), expert, column0, i, i, i < k_stages)
     gdc_wait()
     gdc_launch_dependents()
     for i in gl.static_range(X_STAGES - 1):
         _load_x(x_desc, x_ring, x_bars, m0, i, i, XK, i < x_stages)
     fold = n_tile
     if FP8:
-        fold = _fold_pairs(fold_ptr, expert, n_tile * COLUMNS, second, N, WARPS)
+        fold = _fold_pairs(fold_ptr, expert, column0, second, N, WARPS)
     if BY_WORD:
         # Once. ptxas serializes the products of a tile that no loop surrounds, and takes fewer registers then.
         for _ in range(unit, gl.load(offsets + experts) // BM * n_tiles, gl.num_programs(0)):
             _one_tile(
-                w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
-                words, scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, pairs, out_stride, k_stages,
-                row_expert, row_stride, input_scale_expert,
+                w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+                words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, out_stride,
+                k_stages, row_expert, row_stride, input_scale_expert,
                 BM, WARPS, WEIGHT_STAGES, X_STAGES, ACT, ACT_FN, OPERAND_ORDER, BY_WORD,
             )  # fmt: skip
     else:
         _one_tile(
-            w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
-            words, scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, pairs, out_stride, k_stages,
-            row_expert, row_stride, input_scale_expert,
+            w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+            words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, out_stride,
+            k_stages, row_expert, row_stride, input_scale_expert,
             BM, WARPS, WEIGHT_STAGES, X_STAGES, ACT, ACT_FN, OPERAND_ORDER, BY_WORD,
         )  # fmt: skip
 
@@ -413,8 +402,8 @@ def _tile(unit, tile_to_expert, offsets, n_tiles, last_tile, BM: gl.constexpr, G
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_long_kernel(
-    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
-    offsets, N, pairs, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+    offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
@@ -432,9 +421,7 @@ def grouped_gemm_long_kernel(
     COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN  # of out
     second = N // 2 if ACT == 2 else BN // 2
 
-    BOX: gl.constexpr = w_desc.block_type.shape[1]
-    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 64 // BOX, BN // 2, BOX], w_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES * 2, BN // 2, 8], s_desc.layout)
+    words, scales, read_words, read_scales = _weight_slots(w_desc, s_desc, WEIGHT_STAGES, WARPS)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
     w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
     x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
@@ -452,16 +439,17 @@ def grouped_gemm_long_kernel(
     # The loads run ahead of the products, across tiles: cursors of the weight stage and of the x stage to load next.
     w_unit = gl.program_id(0)
     expert, n_tile, m0 = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
-    w_row = expert * N + n_tile * COLUMNS
+    w_expert = expert
+    w_column = n_tile * COLUMNS
     w_k = 0
     for i in gl.static_range(WEIGHT_STAGES - 1):
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_row, second, w_k, i, 0, w_unit < units)
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_expert, w_column, w_k, i, w_unit < units)
         w_k += 1
         if w_k == k_stages:
             w_k = 0
             w_unit += stride
             w_expert, w_n, _ = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
-            w_row = w_expert * N + w_n * COLUMNS
+            w_column = w_n * COLUMNS
     gdc_wait()
     gdc_launch_dependents()
     x_unit = gl.program_id(0)
@@ -489,8 +477,8 @@ def grouped_gemm_long_kernel(
         for _stage in range(k_stages):
             mbarrier.wait(w_bars.index(w_slot), w_phase)
             for chunk in gl.static_range(2):
-                w = _read_words(words, w_slot, chunk, WARPS)
-                s = _read_scales(scales, w_slot, chunk, WARPS)
+                w = _read_words(read_words, w_slot, chunk, WARPS)
+                s = _read_scales(read_scales, w_slot, chunk, WARPS)
                 if not FP8:
                     s_first, s_second = scale_pairs(s, FP16)
                     w_first, w_second = halves(w, BN)
@@ -516,7 +504,7 @@ def grouped_gemm_long_kernel(
                         x_unit += stride
                         _, _, x_row = _tile(x_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
             # Past the barrier, every warp has read the stage before: that slot is free.
-            _load_weights(w_desc, s_desc, words, scales, w_bars.index(w_free), w_row, second, w_k, w_free, 0, w_unit < units)
+            _load_weights(w_desc, s_desc, words, scales, w_bars.index(w_free), w_expert, w_column, w_k, w_free, w_unit < units)
             w_free = w_slot
             w_slot += 1
             if w_slot == WEIGHT_STAGES:
@@ -527,7 +515,7 @@ def grouped_gemm_long_kernel(
                 w_k = 0
                 w_unit += stride
                 w_expert, w_n, _ = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
-                w_row = w_expert * N + w_n * COLUMNS
+                w_column = w_n * COLUMNS
         acc = warpgroup_mma_wait(0, deps=[token])
         PART: gl.constexpr = BM // 2
         PART_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PART, 32 if FP8 else 16])
@@ -542,8 +530,8 @@ def grouped_gemm_long_kernel(
             part0 = m0 + half * PART
             _finish(
                 low if half == 0 else high, factor, _token_scale(token_ptr, part0, PART, PART_ACC),
-                out_ptr, bias_ptr, live_ptr, expert, row, n_tile, part0, N, out_stride,
-                PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+                _live(live_ptr, part0, PART, COLUMNS, WARPS, OPERAND_ORDER), out_ptr, bias_ptr, expert, row, n_tile, part0,
+                N, out_stride, PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
 
 
@@ -599,21 +587,21 @@ def _share_of(unit, whole, split, stages, REDUCE: gl.constexpr):
 
 @gluon.jit
 def _unit_to_load(
-    unit, expert, tile_to_expert, last_tile, whole, split, stages, n_tiles, stride,
-    N, BM: gl.constexpr, COLUMNS: gl.constexpr, REDUCE: gl.constexpr,
+    unit, tile_to_expert, last_tile, whole, split, stages, n_tiles, stride,
+    BM: gl.constexpr, COLUMNS: gl.constexpr, REDUCE: gl.constexpr,
 ):  # fmt: skip
-    """What a unit of work of `expert` copies: (first stage, stages, row of weights, row of x, the next unit's expert)."""
+    """What a unit of work copies: (first stage, stages, column of the result, row of x, the next unit's expert)."""
     first, count = _share_of(unit, whole, split, stages, REDUCE)
     tile = _tile_of_unit(unit, whole, split, REDUCE)
     later = _tile_of_unit(unit + stride, whole, split, REDUCE) // n_tiles
     expert_later = gl.load(tile_to_expert + gl.minimum(later, last_tile))
-    return first, count, expert * N + tile % n_tiles * COLUMNS, tile // n_tiles * BM, expert_later
+    return first, count, tile % n_tiles * COLUMNS, tile // n_tiles * BM, expert_later
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "shares"])
 def grouped_gemm_decode_kernel(
-    w_desc, s_desc, x_desc, s_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, partial_ptr,
-    count_ptr, tile_to_expert, offsets, N, pairs, out_stride, k_stages, n_tiles, shares, experts, row_expert, row_stride,
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+    partial_ptr, count_ptr, tile_to_expert, offsets, N, out_stride, k_stages, n_tiles, shares, experts, row_expert, row_stride,
     input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, BURST: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr,
     OPERAND_ORDER: gl.constexpr, REDUCE: gl.constexpr, MIN_STAGES: gl.constexpr,
@@ -637,11 +625,7 @@ def grouped_gemm_decode_kernel(
     X_BYTES: gl.constexpr = PER_STAGE * x_desc.block_type.nbytes
     second = N // 2 if ACT == 2 else BN // 2
 
-    BOX: gl.constexpr = w_desc.block_type.shape[1]
-    words = gl.allocate_shared_memory(gl.int32, [STAGES * 64 // BOX, BN // 2, BOX], w_desc.layout)
-    scales = words
-    if s_desc is not None:
-        scales = gl.allocate_shared_memory(gl.int16, [STAGES * 2, BN // 2, 8], s_desc.layout)
+    words, scales, read_words, read_scales = _weight_slots(w_desc, s_desc, STAGES, WARPS)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * PER_STAGE, BM, XK], x_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -667,20 +651,22 @@ def grouped_gemm_decode_kernel(
     expert = gl.load(tile_to_expert + gl.minimum(tile // n_tiles, last_tile))
     # What is loaded next. Divisions happen between units alone: they take longer than a stage's copies.
     load_unit = start
-    load_k, left, load_row, load_m0, load_expert = _unit_to_load(
-        start, expert, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride, N, BM, COLUMNS, REDUCE
+    load_expert = expert
+    load_k, left, load_column, load_m0, expert_next = _unit_to_load(
+        start, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride, BM, COLUMNS, REDUCE
     )
-    expert_next = load_expert
+    load_next = expert_next
     for i in gl.static_range(STAGES - BURST):
-        _load_weights(w_desc, s_desc, words, scales, bars.index(i), load_row, second, load_k, i, X_BYTES, load_unit < units)
+        more = load_unit < units
+        _load_weights(w_desc, s_desc, words, scales, bars.index(i), load_expert, load_column, load_k, i, more, X_BYTES)
         load_k += 1
         left -= 1
         if left == 0:
             load_unit += stride
-            load_k, left, load_row, load_m0, load_expert = _unit_to_load(
-                load_unit, load_expert, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride,
-                N, BM, COLUMNS, REDUCE,
-            )  # fmt: skip
+            load_expert = load_next
+            load_k, left, load_column, load_m0, load_next = _unit_to_load(
+                load_unit, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride, BM, COLUMNS, REDUCE
+            )
     gdc_wait()
     gdc_launch_dependents()
     x_unit = start
@@ -697,12 +683,6 @@ def grouped_gemm_decode_kernel(
     if FP8:
         fold_next = _fold_pairs(fold_ptr, gl.maximum(expert, 0), tile % n_tiles * COLUMNS, second, N, WARPS)
 
-    if s_desc is None:
-        column0 = tile % n_tiles * COLUMNS
-        next_k, _ = _share_of(start, whole, split, k_stages, REDUCE)
-        next_first = _fetch_scales(s_ptr, gl.maximum(expert, 0), column0, second, N, pairs, next_k, 0, WARPS)
-        next_second = _fetch_scales(s_ptr, gl.maximum(expert, 0), column0, second, N, pairs, next_k, 1, WARPS)
-
     step = 0
     for unit in range(start, units, stride):
         # Needed a tile from here: whoever waits for an expert's number waits for a load behind all the weights' copies.
@@ -711,6 +691,7 @@ def grouped_gemm_decode_kernel(
         n_tile = tile % n_tiles
         m0 = tile // n_tiles * BM
         token_scale = _token_scale(token_ptr, m0, BM, ACC)
+        live = _live(live_ptr, m0, BM, COLUMNS, WARPS, OPERAND_ORDER)
         row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
         factor = _row_factor(
             row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
@@ -719,28 +700,13 @@ def grouped_gemm_decode_kernel(
             fold = fold_next
             fold_next = _fold_pairs(fold_ptr, expert_next, tile_next % n_tiles * COLUMNS, second, N, WARPS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        first, count = _share_of(unit, whole, split, k_stages, REDUCE)
-        if s_desc is None:
-            later_first, _ = _share_of(unit + stride, whole, split, k_stages, REDUCE)
-            later_column0 = tile_next % n_tiles * COLUMNS
-        for stage in range(count):
-            if s_desc is None:
-                first_scales = next_first
-                second_scales = next_second
-                stays = stage + 1 < count
-                next_expert = gl.where(stays, expert, expert_next)
-                column0 = gl.where(stays, n_tile * COLUMNS, later_column0)
-                next_k = gl.where(stays, first + stage + 1, later_first)
-                next_first = _fetch_scales(s_ptr, next_expert, column0, second, N, pairs, next_k, 0, WARPS)
-                next_second = _fetch_scales(s_ptr, next_expert, column0, second, N, pairs, next_k, 1, WARPS)
+        _, count = _share_of(unit, whole, split, k_stages, REDUCE)
+        for _stage in range(count):
             slot = step % STAGES
             mbarrier.wait(bars.index(slot), (step // STAGES) & 1)
             for chunk in gl.static_range(2):
-                w = _read_words(words, slot, chunk, WARPS)
-                if s_desc is None:
-                    s = first_scales if chunk == 0 else second_scales
-                else:
-                    s = _read_scales(scales, slot, chunk, WARPS)
+                w = _read_words(read_words, slot, chunk, WARPS)
+                s = _read_scales(read_scales, slot, chunk, WARPS)
                 if not FP8:
                     s_first, s_second = scale_pairs(s, FP16)
                     w_first, w_second = halves(w, BN)
@@ -759,16 +725,16 @@ def grouped_gemm_decode_kernel(
                     free = (step + STAGES - BURST + i) % STAGES
                     more = load_unit < units
                     bar = bars.index(free)
-                    _load_weights(w_desc, s_desc, words, scales, bar, load_row, second, load_k, free, X_BYTES, more)
+                    _load_weights(w_desc, s_desc, words, scales, bar, load_expert, load_column, load_k, free, more, X_BYTES)
                     _load_stage_x(x_desc, x_ring, bar, load_m0, load_k, free, more)
                     load_k += 1
                     left -= 1
                     if left == 0:
                         load_unit += stride
-                        load_k, left, load_row, load_m0, load_expert = _unit_to_load(
-                            load_unit, load_expert, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride,
-                            N, BM, COLUMNS, REDUCE,
-                        )  # fmt: skip
+                        load_expert = load_next
+                        load_k, left, load_column, load_m0, load_next = _unit_to_load(
+                            load_unit, tile_to_expert, last_tile, whole, split, k_stages, n_tiles, stride, BM, COLUMNS, REDUCE
+                        )
             step += 1
         acc = warpgroup_mma_wait(0, deps=[token])
         last = True
@@ -777,13 +743,125 @@ def grouped_gemm_decode_kernel(
                 last, acc = sum_parts(acc, partial_ptr, count_ptr, tile - whole, unit - whole, split, BN, BM, WARPS)
         if last:
             _finish(
-                acc, factor, token_scale, out_ptr, bias_ptr, None, expert, row, n_tile, m0,
+                acc, factor, token_scale, live, out_ptr, bias_ptr, expert, row, n_tile, m0,
                 N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
         tile = tile_next
         tile_next = tile_later
         expert = expert_next
         expert_next = expert_later
+
+
+@gluon.jit(do_not_specialize=["n_tiles"])
+def grouped_gemm_short_kernel(
+    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+    offsets, N, out_stride, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr,
+    ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+):  # fmt: skip
+    """`grouped_gemm_kernel` in e4m3 for a K of one stage, where a tile is over before its loads have paid.
+
+    Persistent: a block takes neighbouring tiles along n, so that it loads x once for all of them; the weights run ahead.
+    """
+    BN: gl.constexpr = 16 * WARPS
+    XK: gl.constexpr = 128
+    X_BYTES: gl.constexpr = 256 // XK * x_desc.block_type.nbytes
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
+    COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN
+    second = N // 2 if ACT == 2 else BN // 2
+
+    words, scales, read_words, read_scales = _weight_slots(w_desc, s_desc, WEIGHT_STAGES, WARPS)
+    x_slots = gl.allocate_shared_memory(x_desc.dtype, [256 // XK, BM, XK], x_desc.layout)
+    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    x_bar = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    for i in gl.static_range(WEIGHT_STAGES):
+        mbarrier.init(w_bars.index(i), count=1)
+    mbarrier.init(x_bar, count=1)
+    fence_async_shared()
+
+    tiles = gl.load(offsets + experts) // BM  # of rows
+    last_tile = gl.maximum(tiles - 1, 0)
+    units = tiles * n_tiles
+    share = gl.cdiv(units, gl.num_programs(0))
+    start = gl.program_id(0) * share
+    end = gl.minimum(start + share, units)
+    tile = start // n_tiles
+    n_tile = start % n_tiles
+    # Experts of tiles past the end: the map has an entry for any tile that is clamped to the last one.
+    expert = gl.maximum(gl.load(tile_to_expert + gl.minimum(tile, last_tile)), 0)
+    expert_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(tile + 1, last_tile)), 0)
+    load_unit = start
+    load_tile = tile
+    load_n = n_tile
+    load_expert = expert
+    load_next = expert_next
+    for i in gl.static_range(WEIGHT_STAGES):
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), load_expert, load_n * COLUMNS, 0, i, load_unit < end)
+        load_unit += 1
+        load_n += 1
+        if load_n == n_tiles:
+            load_n = 0
+            load_tile += 1
+            load_expert = load_next
+            load_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(load_tile + 1, last_tile)), 0)
+    gdc_wait()
+    gdc_launch_dependents()
+    mbarrier.expect(x_bar, X_BYTES, pred=start < end)
+    _load_stage_x(x_desc, x_slots, x_bar, tile * BM, 0, 0, start < end)
+    fold_next = _fold_pairs(fold_ptr, expert, n_tile * COLUMNS, second, N, WARPS)
+
+    x_step = 0
+    for unit in range(start, end):
+        step = unit - start
+        m0 = tile * BM
+        fold = fold_next
+        ends = n_tile + 1 == n_tiles
+        fold_next = _fold_pairs(
+            fold_ptr, gl.where(ends, expert_next, expert), gl.where(ends, 0, (n_tile + 1) * COLUMNS), second, N, WARPS
+        )
+        token_scale = _token_scale(token_ptr, m0, BM, ACC)
+        live = _live(live_ptr, m0, BM, COLUMNS, WARPS, OPERAND_ORDER)
+        row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
+        factor = _row_factor(
+            row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, True, False
+        )
+        slot = step % WEIGHT_STAGES
+        mbarrier.wait(x_bar, x_step & 1)
+        mbarrier.wait(w_bars.index(slot), (step // WEIGHT_STAGES) & 1)
+        token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
+        for chunk in gl.static_range(2):
+            w = _read_words(read_words, slot, chunk, WARPS)
+            s = _read_scales(read_scales, slot, chunk, WARPS)
+            a = decode_fp8(w, s, fold, BN, OPERAND)
+            token = warpgroup_mma(a, x_slots.index(chunk).permute((1, 0)), token, is_async=True)
+            token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+        acc = warpgroup_mma_wait(0, deps=[token])
+        # The products are done, in every warp past the barrier: their slots are free.
+        thread_barrier()
+        more = load_unit < end
+        _load_weights(w_desc, s_desc, words, scales, w_bars.index(slot), load_expert, load_n * COLUMNS, 0, slot, more)
+        load_unit += 1
+        load_n += 1
+        if load_n == n_tiles:
+            load_n = 0
+            load_tile += 1
+            load_expert = load_next
+            load_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(load_tile + 1, last_tile)), 0)
+        if ends:
+            mbarrier.expect(x_bar, X_BYTES, pred=unit + 1 < end)
+            _load_stage_x(x_desc, x_slots, x_bar, m0 + BM, 0, 0, unit + 1 < end)
+        _finish(
+            acc, factor, token_scale, live, out_ptr, bias_ptr, expert, row, n_tile, m0,
+            N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+        )  # fmt: skip
+        n_tile += 1
+        if ends:
+            n_tile = 0
+            tile += 1
+            x_step += 1
+            expert = expert_next
+            expert_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(tile + 1, last_tile)), 0)
 
 
 def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str) -> bool:
@@ -799,15 +877,26 @@ def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str
 _DECODE_ROWS = 32  # tiles up to which the kernel for few rows serves
 _LONG_ROWS = 256
 _MIN_STAGES = 2  # of a part of K
+_LONG_STAGES = 8  # from which on it pays to see how the last tiles are best shared
 
 
-def tiling(block_m: int, fp8: bool) -> tuple[int, int, int, int]:
+def is_short(block_m: int, fp8: bool, k: int) -> bool:
+    """Whether the kernel for a K of one stage serves."""
+    return fp8 and k <= 256 and block_m < _LONG_ROWS
+
+
+def tiling(block_m: int, fp8: bool, k: int) -> tuple[int, int, int, int]:
     """(warps, weight stages, x stages, blocks of a multiprocessor) of a tile of `block_m` rows.
 
-    The small ones have stages of weights and x together.
+    The kernel for few rows has stages of weights and x together.
     """
+    if is_short(block_m, fp8, k):
+        return (4, 2, 1, 5) if block_m == 32 else (4, 3, 1, {8: 6, 16: 6, 64: 4, 128: 3}[block_m])
     if block_m <= _DECODE_ROWS:
         x_size = block_m if fp8 else 2 * block_m
+        if x_size <= 16 and k >= _LONG_STAGES * 256 and k % 256:
+            # Rows that begin between the 128-byte lines of the memory: more of each is loaded at once, so that lines are whole.
+            return 4, 8, 0, 2
         return 4, 4 if x_size <= 32 else 3, 0, 4 if x_size <= 16 else 3 if x_size <= 32 else 2
     if block_m == _LONG_ROWS:
         return 8, 3, 4, 1
@@ -819,7 +908,7 @@ def max_registers(warps: int, resident: int) -> int:
 
     A limit only where there would be more: below it, ptxas chooses more registers than without one.
     """
-    return 65536 // (32 * warps * resident) // 8 * 8
+    return min(65536 // (32 * warps * resident) // 8 * 8, 255)
 
 
 def grouped_gemm(
@@ -838,29 +927,31 @@ def grouped_gemm(
     gated_act = act_fn is not None and act_fn not in UNGATED
     fp8 = x.dtype == torch.float8_e4m3fn
     stages = cdiv(half_k, 128)
-    warps, weight_stages, x_stages, resident = tiling(block_m, fp8)
+    warps, weight_stages, x_stages, resident = tiling(block_m, fp8, 2 * half_k)
+    short = is_short(block_m, fp8, 2 * half_k)
     few = block_m <= _DECODE_ROWS
-    box = 32 if few else 16  # words of a row in a bulk copy
     columns = 8 * warps if gated_act else 16 * warps
     width = n // 2 if gated_act else n
     out_width = whole_stages(width) if operand_order else width
     n_tiles = cdiv(out_width, columns)
     out = x.new_empty((x.shape[0], out_width), dtype=dtype)
     units = len(routing.tile_to_expert) * n_tiles
-    direct = half_k % 128 != 0  # rows of scales are no multiple of the 16 bytes that bulk copies ask for
+    parts = 2 if gated_act else 1
+    shape = (experts * parts, n // parts)
+    box = (parts, 16 * warps // parts)
     operands = (
-        descriptor(weights.data, (8 * warps, box), torch.int32),
-        None if direct else descriptor(weights.scales, (8 * warps, 8), torch.int16),
+        descriptor(weights.data, (*box, 32 if few or short else 16), torch.int32, (*shape, half_k // 4)),
+        descriptor(weights.scales, (*box, 8), torch.int16, (*shape, half_k // 16)),
         descriptor(x, (block_m, 128 if fp8 else 64)),
-        weights.scales.view(torch.int16) if direct else None,
         out,
         weights.fp8_fold,
         weights.row_scale,
         x_scale,
         weights.input_scale,
         weights.bias,
+        routing.permuted_idx_to_token,
     )
-    maps = (routing.tile_to_expert, routing.expert_offsets, n, half_k // 16, out_width)
+    maps = (routing.tile_to_expert, routing.expert_offsets, n, out_width)
     strides = (
         experts,
         weights.row_scale.shape[1],
@@ -877,18 +968,23 @@ def grouped_gemm(
         "launch_pdl": True,
     }
     by_word = fp8 and not few and block_m < _LONG_ROWS and stages >= (16 if block_m == 64 else 8)
-    if direct or by_word or block_m == 128:
+    if by_word or short or block_m == 128:
         options["maxnreg"] = max_registers(warps, resident)
     processors = processors_of(x.device)
-    if few:
+    if short:
+        launch(
+            grouped_gemm_short_kernel, (min(resident * processors, units),), *operands, *maps, n_tiles, *strides,
+            WEIGHT_STAGES=weight_stages, **options,
+        )  # fmt: skip
+    elif few:
         # Where a fourth block saves a round of tiles, it gets the room of a stage. An expert has about one tile.
         tiles = min(len(routing.tile_to_expert), experts) * n_tiles
-        if resident == 3 and not direct and 4 * cdiv(tiles, 4 * processors) < 0.8 * 3 * cdiv(tiles, 3 * processors):
+        if resident == 3 and 4 * cdiv(tiles, 4 * processors) < 0.8 * 3 * cdiv(tiles, 3 * processors):
             weight_stages, resident = 3, 4
         blocks = resident * processors
         shares = min(blocks // units, stages // _MIN_STAGES)
         # A long K is worth the time that it takes to see how its last tiles are best shared; many rounds end about evenly.
-        if shares == 0 and stages >= 16 and tiles <= 4 * blocks:
+        if shares == 0 and stages >= _LONG_STAGES and tiles <= 4 * blocks:
             partial, count = split_k(x.device, 4 * blocks * 16 * warps * block_m, blocks)
         elif shares > 1:
             shares = cdiv(stages, cdiv(stages, shares))  # no more than shorten the longest share
@@ -907,7 +1003,7 @@ def grouped_gemm(
         kernel = grouped_gemm_long_kernel if long else grouped_gemm_kernel
         launch(
             kernel, (min(units, processors) if long else units,),
-            *operands, routing.permuted_idx_to_token, *maps, stages, n_tiles, *strides,
+            *operands, *maps, stages, n_tiles, *strides,
             WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **({} if long else {"BY_WORD": by_word}), **options,
         )  # fmt: skip
     return out
