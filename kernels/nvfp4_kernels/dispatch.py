@@ -134,14 +134,10 @@ def resolve_activation(activation: str, device: torch.device, m: int, n: int, k:
     return settled or importlib.import_module("nvfp4_kernels.triton.linear").faster_mode(device, m, n, k)
 
 
-def resolve_moe_activation(
-    activation: str, device: torch.device, tokens: int, top_k: int, experts: int, hidden: int, inner: int
-) -> str:
-    """As `resolve_activation` for a layer of `experts` local experts, each from `hidden` to `inner` features and back."""
+def resolve_moe_activation(activation: str, device: torch.device, hidden: int, inner: int) -> str:
+    """As `resolve_activation` for experts from `hidden` to `inner` features and back."""
     settled = _settled(activation, device, "fused_moe")
-    return settled or importlib.import_module("nvfp4_kernels.triton.moe").faster_mode(
-        device, tokens, top_k, experts, hidden, inner
-    )
+    return settled or importlib.import_module("nvfp4_kernels.triton.moe").faster_mode(device, hidden, inner)
 
 
 def fuses(device: torch.device, activation: str, backend: str = "cuda") -> bool:

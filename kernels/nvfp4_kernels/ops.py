@@ -217,8 +217,8 @@ def fused_moe(
     apply_router_weight_on_input,
     backend,
 ) -> torch.Tensor:
-    (tokens, top_k), (experts, hidden, half_inner) = topk_ids.shape, w2_data.shape
-    mode = dispatch.resolve_moe_activation(activation, x.device, tokens, top_k, experts, hidden, 2 * half_inner)
+    _, hidden, half_inner = w2_data.shape
+    mode = dispatch.resolve_moe_activation(activation, x.device, hidden, 2 * half_inner)
     return dispatch.implementation("fused_moe", x.device, backend)(
         x,
         w13_data,

@@ -117,15 +117,14 @@ def test_no_tokens():
     assert out.shape == (0, 64)
 
 
-def test_the_mode_of_auto_depends_on_the_slots_of_an_expert(monkeypatch):
+def test_the_mode_of_auto_is_e4m3_where_the_hopper_kernels_serve(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(kernels, "arch_of", lambda device: 90)
-    assert kernels.faster_mode(gpu, 32, 8, 128, 2048, 768) == "none"
-    assert kernels.faster_mode(gpu, 33, 8, 128, 2048, 768) == "fp8_per_token"
-    assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2880) == "fp8_per_token"
-    assert kernels.faster_mode(gpu, 4096, 4, 128, 2880, 2896) == "none"  # the Hopper kernels do not take it
+    assert kernels.faster_mode(gpu, 2048, 768) == "fp8_per_token"
+    assert kernels.faster_mode(gpu, 2880, 2880) == "fp8_per_token"
+    assert kernels.faster_mode(gpu, 2880, 2896) == "none"  # the Hopper kernels do not take it
     monkeypatch.setattr(kernels, "arch_of", lambda device: 89)
-    assert kernels.faster_mode(gpu, 4096, 8, 128, 2048, 768) == "none"
+    assert kernels.faster_mode(gpu, 2048, 768) == "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
