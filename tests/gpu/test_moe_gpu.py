@@ -135,10 +135,10 @@ def test_products_err_by_the_output_rounding_alone(mode, sizes, m, block_m):
         rows = routing.expanded_idx_to_permuted_idx[token, slot].long()
         error = (got[rows].double() - want).abs()
         # Half a unit of bf16, and what the accumulators lose. Under FP8 each step of 32 values cuts the sum so far to 14 bits;
-        # a sum of random signs stays within four of its standard deviations.
+        # a sum of random signs stays within six of its standard deviations, of a million sums here.
         spread = (values[token].square() @ matrix.square().t()).sqrt() * weights.row_scale[expert].double()
         slack = sizes[0] / 32 * 2**-14 if mode == "fp8_per_token" else 2**-18
-        assert (error <= want.abs() * 2**-8 * 1.01 + 4 * spread * slack).all(), (error / spread).max().item()
+        assert (error <= want.abs() * 2**-8 * 1.01 + 6 * spread * slack).all(), (error / spread).max().item()
         assert error.norm() <= 5e-3 * want.norm()
 
 

@@ -33,8 +33,8 @@ def of(compiled: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def test_no_local_memory(compiled):
     for one in compiled:
         assert one["LOCAL"] == 0
-        # Triton 3.9 puts one value there; products of 128 rows by words put there what only their epilogue needs.
-        assert one["STACK"] <= (192 if one.get("by_word") else 8), (one["name"], one["arch"])
+        # Triton 3.9 puts one value there, ten for a short K; products of 128 rows by words what only their epilogue needs.
+        assert one["STACK"] <= (192 if one.get("by_word") else 40 if "short" in one["name"] else 8), (one["name"], one["arch"])
 
 
 def test_portable_gemms_run_on_tensor_cores(compiled):
