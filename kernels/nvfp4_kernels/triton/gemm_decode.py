@@ -22,6 +22,7 @@ from .hopper import (
     decode_fp8,
     fold_pairs,
     halves,
+    part_of,
     scale_pairs,
     scaled,
     store_direct,
@@ -36,14 +37,6 @@ def _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n0, k, slot, pred
     mbarrier.expect(bar, w_desc.block_type.nbytes + s_desc.block_type.nbytes + x_desc.block_type.nbytes, pred=pred)
     tma_load(w_desc, [n0, k * 32], bar, words.index(slot), pred=pred)
     tma_load(s_desc, [n0, k * 8], bar, scales.index(slot), pred=pred)
-
-
-@gluon.jit
-def _share(unit, stages, split):
-    """(first stage, stages) of a unit of work: `split` of them share a tile's K, one stage more or less each."""
-    share = unit % split
-    first = share * stages // split
-    return first, (share + 1) * stages // split - first
 
 
 @gluon.jit(do_not_specialize=["M", "N", "stages", "split", "row_stride", "token_stride"])
@@ -86,7 +79,7 @@ def gemm_decode(
     # The loads run ahead of the products, across units; divisions happen between units alone.
     ahead = gl.program_id(0)
     n_ahead = ahead // split // m_tiles * BN
-    k_ahead, left = _share(ahead, stages, split)
+    k_ahead, left = part_of(ahead % split, stages, split)
     for i in gl.static_range(STAGES - BURST):
         _load_weights(w_desc, s_desc, x_desc, words, scales, bars, n_ahead, k_ahead, i, ahead < units)
         k_ahead += 1
@@ -94,12 +87,12 @@ def gemm_decode(
         if left == 0:
             ahead += stride
             n_ahead = ahead // split // m_tiles * BN
-            k_ahead, left = _share(ahead, stages, split)
+            k_ahead, left = part_of(ahead % split, stages, split)
     # The weights of the first stages are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
     x_unit = gl.program_id(0)
     m_ahead = x_unit // split % m_tiles * BM
-    x_k, x_left = _share(x_unit, stages, split)
+    x_k, x_left = part_of(x_unit % split, stages, split)
     for i in gl.static_range(STAGES - BURST):
         tma_load(x_desc, [m_ahead, x_k * 256], bars.index(i), x_ring.index(i), pred=x_unit < units)
         x_k += 1
@@ -107,7 +100,7 @@ def gemm_decode(
         if x_left == 0:
             x_unit += stride
             m_ahead = x_unit // split % m_tiles * BM
-            x_k, x_left = _share(x_unit, stages, split)
+            x_k, x_left = part_of(x_unit % split, stages, split)
 
     slot = 0
     phase = 0
@@ -117,7 +110,7 @@ def gemm_decode(
         if FP8:
             fold = fold_pairs(fold_ptr, tile // m_tiles * BN, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        _, count = _share(unit, stages, split)
+        _, count = part_of(unit % split, stages, split)
         for _stage in range(count):
             mbarrier.wait(bars.index(slot), phase)
             for chunk in gl.static_range(2):
@@ -147,7 +140,7 @@ def gemm_decode(
                         ahead += stride
                         n_ahead = ahead // split // m_tiles * BN
                         m_ahead = ahead // split % m_tiles * BM
-                        k_ahead, left = _share(ahead, stages, split)
+                        k_ahead, left = part_of(ahead % split, stages, split)
                 free = slot
             slot += 1
             if slot == STAGES:

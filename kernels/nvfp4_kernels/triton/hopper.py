@@ -224,6 +224,13 @@ def tile_of(tile, n_tiles, m_tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def part_of(share, stages, shares):
+    """(first stage, stages) of one of `shares` parts of a tile's K, which differ by one stage at most."""
+    first = share * stages // shares
+    return first, (share + 1) * stages // shares - first
+
+
+@gluon.jit
 def share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP: gl.constexpr, REDUCE: gl.constexpr):
     """(n, m, first stage, stages) of a unit of work: one of the first `whole` tiles; then `split` units share a tile's K."""
     if REDUCE:
@@ -231,8 +238,7 @@ def share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP: gl.constexpr, 
         shares = split if unit >= whole else 1
         share = rest % split
         n, m = tile_of(gl.minimum(unit, whole) + rest // split, n_tiles, m_tiles, GROUP)
-        first = share * stages // shares
-        count = (share + 1) * stages // shares - first
+        first, count = part_of(share, stages, shares)
     else:
         n, m = tile_of(unit, n_tiles, m_tiles, GROUP)
         first = 0

@@ -145,8 +145,18 @@ def _rule_few(n: int, processors: int) -> Plan:
     return Plan("few", {"warps_k": warps, "warps_n": 1}, "a few rows are bound by the weights' bytes")
 
 
+def rows_of_decode_tile(m: int) -> int:
+    """Tokens of a gemm_decode tile for m of them."""
+    return min(64, max(8, next_power_of_2(m)))
+
+
+def most_shares(k: int) -> int:
+    """Among how many blocks K may be shared: parts of less than two stages cost more to add up than they gain."""
+    return max(1, min(k // _K_STEP // 2, 16))
+
+
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
-    bm = min(64, max(8, next_power_of_2(m)))
+    bm = rows_of_decode_tile(m)
     if bm == 64:
         # x is as large as the weights in a stage of 64 features: 128, where these still make a tile for every processor.
         shape = (8, 2, 2) if not fp8 else (8, 3, 2) if n >= 128 * processors else (4, 3, 3)
@@ -154,8 +164,8 @@ def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
         shape = {8: (4, 4, 4), 16: (4, 4 if fp8 else 3, 4), 32: (4, 3, 4 if fp8 else 2)}[bm]
     warps, stages, resident = shape
     tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
-    # As many shares of K as keep all blocks busy at once; parts of less than two stages cost more to add up than they gain.
-    split = max(1, min(processors * (4 if bm <= 16 else 2) // tiles, k // _K_STEP // 2, 16))
+    # As many shares of K as keep all blocks busy at once.
+    split = max(1, min(processors * (4 if bm <= 16 else 2) // tiles, most_shares(k)))
     return Plan(
         "decode",
         {"bm": bm, "warps": warps, "stages": stages, "resident": resident, "split": split},

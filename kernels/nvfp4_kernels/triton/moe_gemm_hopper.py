@@ -25,7 +25,18 @@ from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
 from .descriptors import descriptor
 from .gluon_compat import reinterpret, thread_barrier, tma_load
-from .hopper import burst_of, decode_16, decode_fp8, decode_word_fp8, halves, scale_pairs, scale_tables, sum_parts, tile_of
+from .hopper import (
+    burst_of,
+    decode_16,
+    decode_fp8,
+    decode_word_fp8,
+    halves,
+    part_of,
+    scale_pairs,
+    scale_tables,
+    sum_parts,
+    tile_of,
+)
 from .launch import cdiv, launch
 from .moe_combine import gated, ungated
 from .moe_gemm import ExpertWeights
@@ -575,12 +586,11 @@ def _tile_of_unit(unit, whole, split, REDUCE: gl.constexpr):
 
 @gluon.jit
 def _share_of(unit, whole, split, stages, REDUCE: gl.constexpr):
-    """(first stage, stages) of a unit of work. The shares of a tile differ by one stage at most."""
+    """(first stage, stages) of a unit of work."""
     if REDUCE:
         shares = gl.where(unit < whole, 1, split)
         share = gl.where(unit < whole, 0, (unit - whole) % split)
-        first = share * stages // shares
-        return first, (share + 1) * stages // shares - first
+        return part_of(share, stages, shares)
     else:
         return 0, stages
 
@@ -752,6 +762,18 @@ def grouped_gemm_decode_kernel(
         expert_next = expert_later
 
 
+@gluon.jit
+def _next_along_n(tile, n_tile, expert, expert_next, tile_to_expert, n_tiles, last_tile):
+    """(tile of rows, tile along n, expert, expert of the next tile of rows) one tile along n further."""
+    n_tile += 1
+    if n_tile == n_tiles:
+        n_tile = 0
+        tile += 1
+        expert = expert_next
+        expert_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(tile + 1, last_tile)), 0)
+    return tile, n_tile, expert, expert_next
+
+
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_short_kernel(
     w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
@@ -799,12 +821,9 @@ def grouped_gemm_short_kernel(
     for i in gl.static_range(WEIGHT_STAGES):
         _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), load_expert, load_n * COLUMNS, 0, i, load_unit < end)
         load_unit += 1
-        load_n += 1
-        if load_n == n_tiles:
-            load_n = 0
-            load_tile += 1
-            load_expert = load_next
-            load_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(load_tile + 1, last_tile)), 0)
+        load_tile, load_n, load_expert, load_next = _next_along_n(
+            load_tile, load_n, load_expert, load_next, tile_to_expert, n_tiles, last_tile
+        )
     gdc_wait()
     gdc_launch_dependents()
     mbarrier.expect(x_bar, X_BYTES, pred=start < end)
@@ -842,12 +861,9 @@ def grouped_gemm_short_kernel(
         more = load_unit < end
         _load_weights(w_desc, s_desc, words, scales, w_bars.index(slot), load_expert, load_n * COLUMNS, 0, slot, more)
         load_unit += 1
-        load_n += 1
-        if load_n == n_tiles:
-            load_n = 0
-            load_tile += 1
-            load_expert = load_next
-            load_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(load_tile + 1, last_tile)), 0)
+        load_tile, load_n, load_expert, load_next = _next_along_n(
+            load_tile, load_n, load_expert, load_next, tile_to_expert, n_tiles, last_tile
+        )
         if ends:
             mbarrier.expect(x_bar, X_BYTES, pred=unit + 1 < end)
             _load_stage_x(x_desc, x_slots, x_bar, m0 + BM, 0, 0, unit + 1 < end)
@@ -855,13 +871,9 @@ def grouped_gemm_short_kernel(
             acc, factor, token_scale, live, out_ptr, bias_ptr, expert, row, n_tile, m0,
             N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
         )  # fmt: skip
-        n_tile += 1
         if ends:
-            n_tile = 0
-            tile += 1
             x_step += 1
-            expert = expert_next
-            expert_next = gl.maximum(gl.load(tile_to_expert + gl.minimum(tile + 1, last_tile)), 0)
+        tile, n_tile, expert, expert_next = _next_along_n(tile, n_tile, expert, expert_next, tile_to_expert, n_tiles, last_tile)
 
 
 def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str) -> bool:

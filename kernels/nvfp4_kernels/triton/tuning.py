@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import linear
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv
 from .linear import Plan
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -33,24 +33,23 @@ _DECODE_TILES = {
 }
 
 
-def _splits(stages: int, tiles: int, blocks: int) -> list[int]:
+def _splits(k: int, tiles: int, blocks: int) -> list[int]:
     """Shares of a tile's K worth a try: the largest that leave every block at most one unit of work, one less, and the next."""
     if tiles >= blocks:
         return [1]
-    most = min(max(stages // 2, 1), 16)
     wanted = blocks // tiles
-    return sorted({min(max(split, 1), most) for split in (wanted - 1, wanted, wanted + 1)})
+    return sorted({min(max(split, 1), linear.most_shares(k)) for split in (wanted - 1, wanted, wanted + 1)})
 
 
 def _decode_plans(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
     plans = []
-    bm = min(64, max(8, next_power_of_2(m)))
+    bm = linear.rows_of_decode_tile(m)
     for rows, warps, stages, resident in _DECODE_TILES[mode]:
         if rows != bm:
             continue
         tile = {"bm": bm, "warps": warps, "stages": stages, "resident": resident}
         tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
-        for split in _splits(k // 256, tiles, processors * resident):
+        for split in _splits(k, tiles, processors * resident):
             plans.append(Plan("decode", {**tile, "split": split}))
     return plans
 
