@@ -16,8 +16,8 @@ pytestmark = pytest.mark.gpu
 MODES = ["none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor"]
 # Both round at the same places, but sum in another order (FP8 tensor cores with fewer bits, too): a flipped last bit of h
 # moves a code of its quantization. The products themselves have a bound of their own below.
-# One token's few flipped codes do not average out: over 60 runs its error spread up to 0.034.
-ONE_TOKEN = 5e-2
+# The few flipped codes of one token or two do not average out: over 60 runs the error of one spread up to 0.034.
+FEW_TOKENS = 5e-2
 BOUND = {"none": 4e-3, "fp8_per_token": 2e-2, "nvfp4_per_token": 2e-2, "nvfp4_per_tensor": 2e-2}
 HOPPER = (512, 256)  # hidden and intermediate sizes that the Hopper kernel takes
 SPLIT = (2048, 1024)  # such that blocks share a tile where tokens are few
@@ -88,23 +88,24 @@ def check(x, weights, ids, arguments, bound=None, **more) -> torch.Tensor:
     assert got.shape == want.shape
     error = ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
     mode = arguments["activation"]
-    assert error < (bound or (ONE_TOKEN if len(x) == 1 and mode != "none" else BOUND[mode])), error
+    assert error < (bound or (FEW_TOKENS if len(x) <= 2 and mode != "none" else BOUND[mode])), error
     return got
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("sizes", "m", "block_m"),
+    ("sizes", "m", "block_m", "gather"),
     [
-        (ODD, 5, 16),
-        (ODD, 250, 128),
-        *(((2048, 768), m, b) for m, b in ((5, 8), (9, 16), (40, 32), (90, 64), (250, 128), (700, 256))),
-        *((RAGGED, m, b) for m, b in ((5, 8), (40, 32), (90, 64), (250, 128), (700, 256))),
-        *(((7168, 256), m, b) for m, b in ((90, 64), (250, 128))),
-        *(((256, 512), m, b) for m, b in ((90, 64), (250, 128), (700, 256))),
+        (ODD, 5, 16, False),
+        (ODD, 250, 128, False),
+        *(((2048, 768), m, b, False) for m, b in ((5, 8), (9, 16), (40, 32), (90, 64), (250, 128), (700, 256))),
+        *((RAGGED, m, b, False) for m, b in ((5, 8), (40, 32), (90, 64), (250, 128), (700, 256))),
+        *(((7168, 256), m, b, False) for m, b in ((90, 64), (250, 128))),
+        *(((256, 512), m, b, False) for m, b in ((90, 64), (250, 128), (700, 256))),
+        *((sizes, m, b, True) for sizes in ((2048, 768), RAGGED, (7168, 256)) for m, b in ((90, 64), (250, 128))),
     ],
 )
-def test_products_err_by_the_output_rounding_alone(mode, sizes, m, block_m):
+def test_products_err_by_the_output_rounding_alone(mode, sizes, m, block_m, gather):
     """GEMM 1 without its activation function over the operands that both implementations agree on, against float64."""
     from nvfp4_kernels.reference.linear import activation_operand, weight_operand
     from nvfp4_kernels.triton import moe, moe_gemm, moe_gemm_hopper
@@ -118,9 +119,17 @@ def test_products_err_by_the_output_rounding_alone(mode, sizes, m, block_m):
     weights = moe._expert_weights(mode, *(arguments.get(f"w13_{name}") for name in names))
     hopper = moe_gemm_hopper.serves(x.device, (weights,), "silu")
     routing = route(ids, experts, block_m)
-    a, scale = operand(x, mode, input_scale=weights.input_scale, routing=routing, permute=True, block_m=block_m, reorder=hopper)
+    a, scale = operand(
+        x,
+        mode,
+        input_scale=weights.input_scale,
+        routing=None if gather else routing,
+        permute=not gather,
+        block_m=block_m,
+        reorder=hopper,
+    )
     if hopper:
-        got = moe_gemm_hopper.grouped_gemm(a, scale, weights, routing, dtype=x.dtype, block_m=block_m)
+        got = moe_gemm_hopper.grouped_gemm(a, scale, weights, routing, dtype=x.dtype, block_m=block_m, gather=gather)
     else:
         got = moe_gemm.grouped_gemm(a, scale, weights, routing, dtype=x.dtype, block_m=block_m, gather=False)
     # On the CPU: torch's CUDA division by a number multiplies by its reciprocal.
@@ -186,6 +195,23 @@ def test_hopper_fp8_operand_has_the_twins_bits(k, permute):
 def test_layer(mode, sizes, m):
     arguments = layer(mode, 8, sizes)
     check(*tokens(m, 2, 8, sizes[0]), arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", [HOPPER, RAGGED, (2048, 384)])
+@pytest.mark.parametrize(("m", "top_k", "experts"), [(70, 8, 16), (300, 4, 8), (300, 16, 32)])
+def test_layer_that_gathers_its_rows(mode, sizes, m, top_k, experts):
+    from nvfp4_kernels.triton import moe, moe_gemm_hopper
+
+    assert moe_gemm_hopper.gathers(moe._block_m(m * top_k, experts, *sizes, True), top_k, 2 * sizes[1])
+    arguments = layer(mode, experts, sizes)
+    x, weights, ids = tokens(m, top_k, experts, sizes[0])
+    whole = check(x, weights, ids, arguments)
+    # What padding reads, token 0, stays where it belongs.
+    x[0] = torch.nan
+    dirty = moe.fused_moe(x, topk_weights=weights, topk_ids=ids, **arguments)
+    assert dirty[0].isnan().all()
+    assert torch.equal(dirty[1:], whole[1:])
 
 
 @pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
@@ -255,12 +281,15 @@ def test_shards_of_experts_sum_to_the_whole(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("sizes", "m"), [(HOPPER, 3), (HOPPER, 260), (SPLIT, 1), (SPLIT, 40), (ROUNDS, 12), (RAGGED, 40)])
-def test_runs_are_equal_bit_for_bit(mode, sizes, m):
+@pytest.mark.parametrize(
+    ("sizes", "m", "top_k"),
+    [(HOPPER, 3, 2), (HOPPER, 260, 2), (HOPPER, 260, 4), (SPLIT, 1, 2), (SPLIT, 40, 2), (ROUNDS, 12, 2), (RAGGED, 40, 2)],
+)
+def test_runs_are_equal_bit_for_bit(mode, sizes, m, top_k):
     from nvfp4_kernels.triton.moe import fused_moe
 
     arguments = layer(mode, 8, sizes)
-    x, weights, ids = tokens(m, 2, 8, sizes[0])
+    x, weights, ids = tokens(m, top_k, 8, sizes[0])
     first = fused_moe(x, topk_weights=weights, topk_ids=ids, **arguments)
     for _ in range(4):
         poison()
@@ -268,12 +297,14 @@ def test_runs_are_equal_bit_for_bit(mode, sizes, m):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("sizes", "m"), [(HOPPER, 2), (HOPPER, 700), (SPLIT, 2), (ROUNDS, 12)])
-def test_graph_replay_follows_the_routing(mode, sizes, m):
+@pytest.mark.parametrize(
+    ("sizes", "m", "top_k"), [(HOPPER, 2, 2), (HOPPER, 700, 2), (HOPPER, 500, 4), (SPLIT, 2, 2), (ROUNDS, 12, 2)]
+)
+def test_graph_replay_follows_the_routing(mode, sizes, m, top_k):
     from nvfp4_kernels.triton.moe import fused_moe
 
     arguments = layer(mode, 8, sizes)
-    x, weights, ids = tokens(m, 2, 8, sizes[0])
+    x, weights, ids = tokens(m, top_k, 8, sizes[0])
 
     def call() -> torch.Tensor:
         return fused_moe(x, topk_weights=weights, topk_ids=ids, **arguments)
@@ -284,7 +315,7 @@ def test_graph_replay_follows_the_routing(mode, sizes, m):
     with torch.cuda.graph(graph):
         out = call()
     for change in range(3):
-        x_new, weights_new, ids_new = tokens(m, 2, 8, sizes[0])
+        x_new, weights_new, ids_new = tokens(m, top_k, 8, sizes[0])
         if change == 2:
             ids_new = torch.where(torch.rand(ids.shape, device="cuda") < 0.3, -1, 5).to(torch.int32)
         x.copy_(x_new), weights.copy_(weights_new), ids.copy_(ids_new)

@@ -143,7 +143,14 @@ def resource_usage(compiled: Any) -> dict[str, int]:
 
 
 def compile_hopper(
-    block_m: int, x: str, act: int, operand_order: bool, reduce: bool = False, by_word: bool = False, k: int = 4096
+    block_m: int,
+    x: str,
+    act: int,
+    operand_order: bool,
+    reduce: bool = False,
+    by_word: bool = False,
+    k: int = 4096,
+    gather: bool = False,
 ) -> dict[str, Any]:
     """One specialization of the Hopper kernels; x: "bf16", "fp16" or "fp8e4nv"."""
     fp8 = x == "fp8e4nv"
@@ -179,6 +186,7 @@ def compile_hopper(
         constants |= {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}
         if block_m != moe_gemm_hopper._LONG_ROWS:
             constants["BY_WORD"] = by_word
+            constants |= {} if gather else {"x_ptr": None}
     if not fp8:
         constants |= {"fold_ptr": None, "token_ptr": None}
     parts = 2 if act == 2 else 1
@@ -189,6 +197,7 @@ def compile_hopper(
         "w_desc": descriptor("i32", [parts, rows, 32 if small or short else 16], gl.int32),
         "s_desc": descriptor("i16", [parts, rows, 8], gl.int16),
         "x_desc": descriptor(x, [block_m, 128 if fp8 else 64], element),
+        "x_ptr": f"*{x}",
         "out_ptr": f"*{out}",
         "bias_ptr": f"*{out}",
         **dict.fromkeys(("fold_ptr", "row_ptr", "token_ptr", "partial_ptr"), "*fp32"),
@@ -196,12 +205,12 @@ def compile_hopper(
     }
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = ("out_ptr", "fold_ptr", "row_ptr", "token_ptr", "bias_ptr", "partial_ptr", "N")
+    aligned = ("x_ptr", "out_ptr", "fold_ptr", "row_ptr", "token_ptr", "bias_ptr", "partial_ptr", "N")
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names and name not in constants
     }
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    kinds = {"split": reduce, "by word": by_word, "short": short}
+    kinds = {"split": reduce, "by word": by_word, "short": short, "gather": gather}
     options = {"num_warps": warps, "launch_pdl": True}
     if by_word or short or block_m == 128:
         options["maxnreg"] = moe_gemm_hopper.max_registers(warps, resident)
@@ -253,6 +262,9 @@ HOPPER = [
     (128, "bf16", 2, True),
     (64, "fp8e4nv", 2, False, False, True),
     (128, "fp8e4nv", 0, False, False, True),
+    (64, "fp8e4nv", 2, False, False, False, 2048, True),
+    (64, "bf16", 2, True, False, False, 4096, True),
+    (128, "fp8e4nv", 2, False, False, True, 4096, True),
     (256, "fp8e4nv", 2, False),
     (256, "fp8e4nv", 0, False),
     (256, "bf16", 2, True),

@@ -84,3 +84,15 @@ def test_persistent_hopper_kernels_overlap_products_and_decoding(compiled):
     for one in of(compiled, "hopper"):
         if one["rows"] <= 32 or one["rows"] == 256 or one["by_word"]:
             assert "serialized" not in one["ptxas"], one["ptxas"]
+
+
+def test_rows_are_gathered_by_asynchronous_copies(compiled):
+    """Of 16 bytes, which arrive at a barrier by themselves; the weights still come in bulk."""
+    gathering = [one for one in of(compiled, "hopper") if "gather" in one["name"]]
+    assert len(gathering) == 3
+    for one in gathering:
+        ptx = one["ptx"]
+        assert "cp.async.cg.shared.global" in ptx
+        assert "cp.async.mbarrier.arrive.noinc" in ptx
+        assert "cp.async.bulk.tensor.3d" in ptx
+        assert "cp.async.bulk.tensor.2d" not in ptx, one["name"]

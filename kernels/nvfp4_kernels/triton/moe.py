@@ -136,28 +136,29 @@ def _forward(
     if len(routing.tile_to_expert) == 0:
         out.zero_()
         return
-    # The portable GEMM gathers the rows of a token where they are all the same; the Hopper one copies tiles in bulk, so that
-    # they have to lie together.
+    # GEMM 1 gathers the rows of a token where they are all the same and that is faster; else they are copied to their places.
     per_expert = w13.input_scale is not None and w13.input_scale.numel() > 1
-    permute = hopper or weights_on_input or per_expert
+    same = not weights_on_input and not per_expert
+    gather = same and (not hopper or moe_gemm_hopper.gathers(block_m, topk_ids.shape[1], w13.data.shape[1]))
     a, a_scale = x, None
-    if permute or activation != "none":
+    if hopper or not gather or activation != "none":
         a, a_scale = operand(
             x,
             activation,
             input_scale=w13.input_scale,
-            routing=routing if permute else None,
-            permute=permute,
+            routing=None if gather else routing,
+            permute=not gather,
             topk_weights=topk_weights if weights_on_input else None,
             block_m=block_m,
             reorder=hopper,
         )
     if hopper:
         h = moe_gemm_hopper.grouped_gemm(
-            a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, act_fn=act_fn, operand_order=activation == "none"
-        )
+            a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, gather=gather, act_fn=act_fn,
+            operand_order=activation == "none",
+        )  # fmt: skip
     else:
-        h = moe_gemm.grouped_gemm(a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, gather=not permute, act_fn=act_fn)
+        h = moe_gemm.grouped_gemm(a, a_scale, w13, routing, dtype=x.dtype, block_m=block_m, gather=gather, act_fn=act_fn)
     h_scale = None
     if activation != "none":
         h, h_scale = operand(h, activation, input_scale=w2.input_scale, routing=routing, block_m=block_m, reorder=hopper)

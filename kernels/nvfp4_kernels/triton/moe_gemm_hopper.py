@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -24,7 +25,7 @@ from ..devices import arch_of, processors_of
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
 from .descriptors import descriptor
-from .gluon_compat import reinterpret, thread_barrier, tma_load
+from .gluon_compat import copy_async, reinterpret, thread_barrier, tma_load
 from .hopper import (
     burst_of,
     decode_16,
@@ -106,10 +107,43 @@ def _load_weights(w_desc, s_desc, words, scales, bar, expert, column, k, stage, 
     tma_load(s_desc, [expert * PARTS, column, k * 8], bar, scales.index(stage), pred=pred)
 
 
+@gluon.constexpr_function
+def _gather_layout(bits, warps):
+    """How threads copy rows of 128 bytes, 16 of them each, of values of `bits`."""
+    return gl.BlockedLayout([1, 128 // bits], [4, 8], [warps, 1], [1, 0])
+
+
 @gluon.jit
-def _load_x(x_desc, x_ring, bars, m0, k, stage, XK: gl.constexpr, pred):
-    mbarrier.expect(bars.index(stage), x_desc.block_type.nbytes, pred=pred)
-    tma_load(x_desc, [m0, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
+def _rows_of_x(x_ptr, live_ptr, m0, K, BM: gl.constexpr, WARPS: gl.constexpr):
+    """What `_load_x` finds BM permuted rows from m0 on by: m0; with x_ptr, where their tokens begin, in units of 16 bytes.
+
+    Less than 0 for padding.
+    """
+    if x_ptr is None:
+        return m0
+    else:
+        BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
+        token = gl.load(live_ptr + m0 + gl.arange(0, BM, gl.SliceLayout(1, _gather_layout(BITS, WARPS))))
+        return token * (K * BITS // 128)
+
+
+@gluon.jit
+def _load_x(x_desc, x_ptr, rows, x_ring, bars, k, stage, WARPS: gl.constexpr, pred):
+    """x stage k (128 bytes of each of the `rows` of `_rows_of_x`) into slot `stage`.
+
+    Rows that lie together are copied in bulk; others by all threads, 16 bytes at a time, each of which arrives at the barrier.
+    Padding is filled with zeros: any one row that all padding read would be in the way of the others.
+    """
+    XK: gl.constexpr = x_desc.block_type.shape[1]
+    if x_ptr is None:
+        mbarrier.expect(bars.index(stage), x_desc.block_type.nbytes, pred=pred)
+        tma_load(x_desc, [rows, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
+    else:
+        LAYOUT: gl.constexpr = _gather_layout(x_ptr.dtype.element_ty.primitive_bitwidth, WARPS)
+        at = (rows + k * 8).to(gl.int64) * LAYOUT.size_per_thread[1]
+        pointers = x_ptr + at[:, None] + gl.arange(0, XK, gl.SliceLayout(0, LAYOUT))[None, :]
+        copy_async(x_ring.index(stage), pointers, mask=(rows >= 0)[:, None] & pred)
+        async_copy.mbarrier_arrive(bars.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -180,11 +214,18 @@ def _row_factor(
 
 
 @gluon.jit
-def _token_scale(token_ptr, m0, BM: gl.constexpr, LAYOUT: gl.constexpr):
-    """The scales of BM rows of x from m0 on, [BM] along the columns of LAYOUT; ones where they have none."""
+def _token_scale(token_ptr, live_ptr, m0, GATHER: gl.constexpr, BM: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scales of BM permuted rows from m0 on, [BM] along the columns of LAYOUT; ones where they have none.
+
+    GATHER: token_ptr has those of tokens, not of permuted rows.
+    """
     scale = gl.full([BM], 1.0, gl.float32, gl.SliceLayout(0, LAYOUT))
     if token_ptr is not None:
-        scale = gl.load(token_ptr + m0 + gl.arange(0, BM, gl.SliceLayout(0, LAYOUT)))
+        row = gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))
+        if GATHER:
+            scale = gl.load(token_ptr + gl.maximum(gl.load(live_ptr + m0 + row), 0))
+        else:
+            scale = gl.load(token_ptr + m0 + row)
     return scale
 
 
@@ -251,8 +292,8 @@ def _word(words, word: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def _one_tile(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
-    words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, out_stride, k_stages,
+    w_desc, s_desc, x_desc, x_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+    words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, rows, N, out_stride, k_stages,
     row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr, BY_WORD: gl.constexpr,
@@ -293,6 +334,8 @@ def _one_tile(
                 x = x_ring.index(x_slot).permute((1, 0))
                 if BY_WORD:
                     mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
+                    if x_ptr is not None:
+                        fence_async_shared()  # threads wrote the stage, tensor cores read it
                     for word in gl.static_range(4):
                         low = low_first if word < 2 else low_second
                         high = high_first if word < 2 else high_second
@@ -302,27 +345,35 @@ def _one_tile(
                         if word == 0:
                             # The products before these are done, in every warp once past the barrier: their x stage is free.
                             thread_barrier()
-                            _load_x(x_desc, x_ring, x_bars, m0, ahead, ahead % X_STAGES, XK, ahead < x_stages)
+                            _load_x(x_desc, x_ptr, rows, x_ring, x_bars, ahead, ahead % X_STAGES, WARPS, ahead < x_stages)
                 else:
                     if FP8:
                         a = decode_fp8(w, s, fold, BN, OPERAND)
                     else:
                         a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
                     mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
+                    if x_ptr is not None:
+                        fence_async_shared()  # threads wrote the stage, tensor cores read it
                     token = warpgroup_mma(a, x, token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
                     thread_barrier()
-                    _load_x(x_desc, x_ring, x_bars, m0, ahead, ahead % X_STAGES, XK, ahead < x_stages)
+                    _load_x(x_desc, x_ptr, rows, x_ring, x_bars, ahead, ahead % X_STAGES, WARPS, ahead < x_stages)
                 x_step += 1
     acc = warpgroup_mma_wait(0, deps=[token])
+    if x_ptr is not None:
+        # Copies past the last stage write zeros to slots whose memory the epilogue uses again.
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        thread_barrier()
 
     row = _weight_rows(column0, second, WARPS, ACC)
     factor = _row_factor(
         row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
     )
     live = _live(live_ptr, m0, BM, COLUMNS, WARPS, OPERAND_ORDER)
+    token_scale = _token_scale(token_ptr, live_ptr, m0, x_ptr is not None, BM, ACC)
     _finish(
-        acc, factor, _token_scale(token_ptr, m0, BM, ACC), live, out_ptr, bias_ptr, expert, row, n_tile, m0,
+        acc, factor, token_scale, live, out_ptr, bias_ptr, expert, row, n_tile, m0,
         N, out_stride, BM, WARPS, ACT, ACT_FN, OPERAND_ORDER,
     )  # fmt: skip
 
@@ -330,7 +381,7 @@ def _one_tile(
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_kernel(
     w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
-    offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    offsets, N, out_stride, k_stages, n_tiles, x_ptr, experts, row_expert, row_stride, input_scale_expert,
     BM: gl.constexpr, WARPS: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr, BY_WORD: gl.constexpr,
 ):  # fmt: skip
@@ -340,6 +391,9 @@ def grouped_gemm_kernel(
     above up and 1 elsewhere; s_desc int16 [E * parts, N / parts, K/32] in boxes [parts, 16 * WARPS / parts, 8]; x_desc
     [rows, K] in the order of hopper.py in boxes [BM, 128 bytes]. ACT 2: gated, out has N / 2 columns; 1: ungated; 0: none.
     OPERAND_ORDER: out's columns come in the order that the next GEMM reads 16-bit operands in.
+
+    x_ptr: None, or where x begins if its rows are tokens; then they, and their scales, are gathered by live_ptr, which is
+    permuted_idx_to_token.
 
     BY_WORD: FP8 operands are decoded and multiplied a word of each thread, 32 values of K, at a time.
 
@@ -370,15 +424,16 @@ def grouped_gemm_kernel(
     for i in gl.static_range(WEIGHT_STAGES):
         mbarrier.init(w_bars.index(i), count=1)
     for i in gl.static_range(X_STAGES):
-        mbarrier.init(x_bars.index(i), count=1)
+        mbarrier.init(x_bars.index(i), count=1 if x_ptr is None else 32 * WARPS)
     fence_async_shared()
     x_stages = k_stages * PER_STAGE
     for i in gl.static_range(WEIGHT_STAGES - 1):
         _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), expert, column0, i, i, i < k_stages)
     gdc_wait()
     gdc_launch_dependents()
+    rows = _rows_of_x(x_ptr, live_ptr, m0, k_stages * 256, BM, WARPS)
     for i in gl.static_range(X_STAGES - 1):
-        _load_x(x_desc, x_ring, x_bars, m0, i, i, XK, i < x_stages)
+        _load_x(x_desc, x_ptr, rows, x_ring, x_bars, i, i, WARPS, i < x_stages)
     fold = n_tile
     if FP8:
         fold = _fold_pairs(fold_ptr, expert, column0, second, N, WARPS)
@@ -386,15 +441,15 @@ def grouped_gemm_kernel(
         # Once. ptxas serializes the products of a tile that no loop surrounds, and takes fewer registers then.
         for _ in range(unit, gl.load(offsets + experts) // BM * n_tiles, gl.num_programs(0)):
             _one_tile(
-                w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
-                words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, out_stride,
+                w_desc, s_desc, x_desc, x_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+                words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, rows, N, out_stride,
                 k_stages, row_expert, row_stride, input_scale_expert,
                 BM, WARPS, WEIGHT_STAGES, X_STAGES, ACT, ACT_FN, OPERAND_ORDER, BY_WORD,
             )  # fmt: skip
     else:
         _one_tile(
-            w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
-            words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, N, out_stride,
+            w_desc, s_desc, x_desc, x_ptr, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+            words, scales, read_words, read_scales, x_ring, w_bars, x_bars, fold, expert, n_tile, m0, rows, N, out_stride,
             k_stages, row_expert, row_stride, input_scale_expert,
             BM, WARPS, WEIGHT_STAGES, X_STAGES, ACT, ACT_FN, OPERAND_ORDER, BY_WORD,
         )  # fmt: skip
@@ -467,7 +522,7 @@ def grouped_gemm_long_kernel(
     x_row = m0
     x_k = 0
     for i in gl.static_range(X_STAGES - 1):
-        _load_x(x_desc, x_ring, x_bars, x_row, x_k, i, XK, x_unit < units)
+        _load_x(x_desc, None, x_row, x_ring, x_bars, x_k, i, WARPS, x_unit < units)
         x_k += 1
         if x_k == x_stages:
             x_k = 0
@@ -503,7 +558,7 @@ def grouped_gemm_long_kernel(
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
                     # The products before these are done, in every warp once past the barrier: their x stage is free.
                     thread_barrier()
-                    _load_x(x_desc, x_ring, x_bars, x_row, x_k, x_free, XK, x_unit < units)
+                    _load_x(x_desc, None, x_row, x_ring, x_bars, x_k, x_free, WARPS, x_unit < units)
                     x_free = x_slot
                     x_slot += 1
                     if x_slot == X_STAGES:
@@ -540,7 +595,7 @@ def grouped_gemm_long_kernel(
         for half in gl.static_range(2):
             part0 = m0 + half * PART
             _finish(
-                low if half == 0 else high, factor, _token_scale(token_ptr, part0, PART, PART_ACC),
+                low if half == 0 else high, factor, _token_scale(token_ptr, live_ptr, part0, False, PART, PART_ACC),
                 _live(live_ptr, part0, PART, COLUMNS, WARPS, OPERAND_ORDER), out_ptr, bias_ptr, expert, row, n_tile, part0,
                 N, out_stride, PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
             )  # fmt: skip
@@ -700,7 +755,7 @@ def grouped_gemm_decode_kernel(
         expert_later = gl.load(tile_to_expert + gl.minimum(tile_later // n_tiles, last_tile))
         n_tile = tile % n_tiles
         m0 = tile // n_tiles * BM
-        token_scale = _token_scale(token_ptr, m0, BM, ACC)
+        token_scale = _token_scale(token_ptr, live_ptr, m0, False, BM, ACC)
         live = _live(live_ptr, m0, BM, COLUMNS, WARPS, OPERAND_ORDER)
         row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
         factor = _row_factor(
@@ -839,7 +894,7 @@ def grouped_gemm_short_kernel(
         fold_next = _fold_pairs(
             fold_ptr, gl.where(ends, expert_next, expert), gl.where(ends, 0, (n_tile + 1) * COLUMNS), second, N, WARPS
         )
-        token_scale = _token_scale(token_ptr, m0, BM, ACC)
+        token_scale = _token_scale(token_ptr, live_ptr, m0, False, BM, ACC)
         live = _live(live_ptr, m0, BM, COLUMNS, WARPS, OPERAND_ORDER)
         row = _weight_rows(n_tile * COLUMNS, second, WARPS, ACC)
         factor = _row_factor(
@@ -888,6 +943,8 @@ def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str
 
 _DECODE_ROWS = 32  # tiles up to which the kernel for few rows serves
 _LONG_ROWS = 256
+_GATHER_TOP_K = 4  # from which on, and weight rows up to which, GEMM 1 gathers its rows
+_GATHER_ROWS = 768
 _MIN_STAGES = 2  # of a part of K
 _LONG_STAGES = 8  # from which on it pays to see how the last tiles are best shared
 
@@ -923,6 +980,14 @@ def max_registers(warps: int, resident: int) -> int:
     return min(65536 // (32 * warps * resident) // 8 * 8, 255)
 
 
+def gathers(block_m: int, top_k: int, n: int) -> bool:
+    """Whether GEMM 1 of `n` weight rows takes the rows of tokens by itself, instead of copies in permuted order.
+
+    That saves top_k copies of each token, but gathering is slower than a bulk copy, and is done once for every tile along n.
+    """
+    return _DECODE_ROWS < block_m < _LONG_ROWS and top_k >= _GATHER_TOP_K and n <= _GATHER_ROWS
+
+
 def grouped_gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -931,10 +996,14 @@ def grouped_gemm(
     *,
     dtype: torch.dtype,
     block_m: int,
+    gather: bool = False,
     act_fn: str | None = None,
     operand_order: bool = False,
 ) -> torch.Tensor:
-    """As `moe_gemm.grouped_gemm` for x [rows, whole_stages(K)] in permuted rows, in the order of hopper.py along K."""
+    """As `moe_gemm.grouped_gemm` for x [rows, whole_stages(K)], in the order of hopper.py along K.
+
+    `gather`, for tiles of 64 or 128 rows: the rows of x are tokens, as those of x_scale; otherwise they are permuted.
+    """
     experts, n, half_k = weights.data.shape
     gated_act = act_fn is not None and act_fn not in UNGATED
     fp8 = x.dtype == torch.float8_e4m3fn
@@ -946,7 +1015,7 @@ def grouped_gemm(
     width = n // 2 if gated_act else n
     out_width = whole_stages(width) if operand_order else width
     n_tiles = cdiv(out_width, columns)
-    out = x.new_empty((x.shape[0], out_width), dtype=dtype)
+    out = x.new_empty((len(routing.permuted_idx_to_token), out_width), dtype=dtype)
     units = len(routing.tile_to_expert) * n_tiles
     parts = 2 if gated_act else 1
     shape = (experts * parts, n // parts)
@@ -1015,7 +1084,7 @@ def grouped_gemm(
         kernel = grouped_gemm_long_kernel if long else grouped_gemm_kernel
         launch(
             kernel, (min(units, processors) if long else units,),
-            *operands, *maps, stages, n_tiles, *strides,
+            *operands, *maps, stages, n_tiles, *(() if long else (x if gather else None,)), *strides,
             WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **({} if long else {"BY_WORD": by_word}), **options,
         )  # fmt: skip
     return out

@@ -167,6 +167,7 @@ def operand(
 
     `routing` with `permute`: x is [tokens, K], rows go to their permuted places, multiplied by `topk_weights` first if
     given. `routing` alone: x is permuted already, and padding rows are left out. Rows that nothing names stay unwritten.
+    Neither: rows stay where they are.
     `reorder`: K in the order of hopper.py, with zeros up to `whole_stages(K)`.
     """
     arch = arch_of(x.device)
@@ -186,8 +187,10 @@ def operand(
     # A slot's own weight or scale makes its row differ from the token's other slots.
     slots_differ = permute and (topk_weights is not None or per_expert)
     hopper = arch == 90 and fp8 and reorder and not slots_differ and k <= moe_operand_hopper.MAX_K
-    if hopper and routing is not None and scale is not None:
-        moe_operand_hopper.operand_fp8(x, routing, out, scale, permute)
+    if hopper and scale is not None:
+        # By slots, which are fewer than permuted rows.
+        slots = None if routing is None else routing.expanded_idx_to_permuted_idx
+        moe_operand_hopper.operand_fp8(x, slots, out, scale, permute)
         return out.view(torch.float8_e4m3fn), scale
     block = min(next_power_of_2(width), _MAX_BLOCK)
     launch(

@@ -10,7 +10,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..reference.moe_routing import Routing
 from .gluon_compat import let_next_kernel_start, wait_for_previous_kernel
 from .launch import cdiv, launch, next_power_of_2
 
@@ -48,7 +47,7 @@ def operand_fp8_kernel(
     """Rows of x to e4m3, zeros behind them up to `width`, and their decode scales. `width` is a multiple of 128, at most BLOCK.
 
     SCATTER: x is [count, K]; its row t goes to rows index[t, :] (none where negative). Otherwise rows index[0 .. count] of x
-    stay in their places. What the division and a NaN do is told in activation_hopper.py.
+    stay in their places, without an index its first `count` rows. What the division and a NaN do: see activation_hopper.py.
     """
     wait_for_previous_kernel()
     let_next_kernel_start()  # not earlier: the next kernel takes the routing for complete
@@ -57,7 +56,7 @@ def operand_fp8_kernel(
     column = gl.arange(0, BLOCK, gl.SliceLayout(0, NATURAL))
     source = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, NATURAL))
     live = source < count
-    if not SCATTER:
+    if not SCATTER and index_ptr is not None:
         source = gl.load(index_ptr + source, mask=live, other=-1)
         live = source >= 0
     at = source.to(gl.int64)[:, None] * stride + column[None, :]
@@ -82,7 +81,10 @@ def operand_fp8_kernel(
     to_row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, REORDERED))
     in_range = to_row < count
     for slot in gl.static_range(TOP_K):
-        target = gl.load(index_ptr + to_row * TOP_K + slot, mask=in_range, other=-1)
+        if index_ptr is None:
+            target = gl.where(in_range, to_row, -1)
+        else:
+            target = gl.load(index_ptr + to_row * TOP_K + slot, mask=in_range, other=-1)
         named = target >= 0
         to = target.to(gl.int64)[:, None] * width + to_column[None, :]
         gl.store(q_ptr + to, q, mask=named[:, None] & (to_column < width)[None, :])
@@ -100,10 +102,12 @@ def shape_of(k: int, permute: bool) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "SHARE": share, "WARPS": warps}
 
 
-def operand_fp8(x: torch.Tensor, routing: Routing, out: torch.Tensor, scale: torch.Tensor, permute: bool) -> None:
-    """As `moe_operand.operand` for "fp8_per_token" with `reorder` and without router weights, into out uint8 and scale."""
-    index = routing.expanded_idx_to_permuted_idx
-    count, top_k = index.shape if permute else (index.numel(), 1)
+def operand_fp8(x: torch.Tensor, index: torch.Tensor | None, out: torch.Tensor, scale: torch.Tensor, permute: bool) -> None:
+    """As `moe_operand.operand` for "fp8_per_token" with `reorder` and without router weights, into out uint8 and scale.
+
+    `index`: expanded_idx_to_permuted_idx, or None for rows that stay where they are, all of them.
+    """
+    count, top_k = (len(x), 1) if index is None else index.shape if permute else (index.numel(), 1)
     shape = shape_of(out.shape[1], permute)
     launch(
         operand_fp8_kernel,
