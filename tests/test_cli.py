@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -321,6 +322,20 @@ def test_run_prints_times_reasons_and_a_plot(tmp_path, capsys):
     again.unlink()
     invoke("bench", "show", str(saved), "--plot", str(again))
     assert again.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_stopped_prints_what_it_has(capsys):
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    cases = [Case({"M": m}, "ours", setup) for m, setup in ((1, lambda: [lambda: None]), (2, stop), (3, stop))]
+    with pytest.raises(typer.Exit) as left:
+        benchmark.run("Layers", cases, CPU, json=True, repeats=1)
+    assert left.value.exit_code == 130
+    captured = capsys.readouterr()
+    assert [row["M"] for row in json.loads(captured.out)["measurements"]] == [1]
+    assert "stopped after 1 of 3 cases" in captured.err
 
 
 def test_a_file_that_is_no_run_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from nvfp4_kernels import Nvfp4Weight
+
+Layer = Callable[["torch.Tensor"], object]
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -89,10 +92,10 @@ def linear(
     cases = []
     for name in layer:
         n, k = _shape(name)
-        for rows in m:
-            point: dict[str, str | int] = {"layer": f"{name} {n}x{k}" if name in SHAPES else name, "M": rows}
-            for column in (*mode, *peer, "bf16", *(("fp8 cuBLAS",) if where.type == "cuda" else ())):
-                weight_bytes = {"bf16": n * k * 2, "fp8 cuBLAS": n * k}.get(column, n * k * 9 // 16)
+        for column in (*mode, *peer, "bf16", *(("fp8 cuBLAS",) if where.type == "cuda" else ())):
+            weight_bytes = {"bf16": n * k * 2, "fp8 cuBLAS": n * k}.get(column, n * k * 9 // 16)
+            for rows in m:
+                point: dict[str, str | int] = {"layer": f"{name} {n}x{k}" if name in SHAPES else name, "M": rows}
                 cases.append(
                     Case(
                         point,
@@ -150,46 +153,63 @@ def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | No
     typer.echo(f"wrote {path}")
 
 
-def _setup(mode: str, rows: int, n: int, k: int, device: torch.device, backend: str) -> Sequence[Call]:
+def _setup(column: str, rows: int, n: int, k: int, device: torch.device, backend: str) -> Sequence[Call]:
+    import torch
+
+    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+    if column == "fp8 cuBLAS":  # the product alone: its activations are e4m3 already
+        x = x.to(torch.float8_e4m3fn)
+    return [partial(layer, x) for layer in _layers(column, n, k, device, backend)]
+
+
+@functools.lru_cache(maxsize=1)  # for all numbers of rows: peers take seconds to prepare a large weight
+def _layers(column: str, n: int, k: int, device: torch.device, backend: str) -> list[Layer]:
+    """The layer over as many copies of a weight as it takes for each to be cold when its turn comes."""
     import torch
 
     from nvfp4_kernels import nvfp4_linear, quantize_weight
     from nvfp4_kernels.dispatch import implementation
 
-    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-    if mode == "bf16":
+    if column == "bf16":
         weights = [weight.clone() for _ in range(rotation(n * k * 2, device, limit=16))]
-        return [partial(torch.nn.functional.linear, x, w) for w in weights]
-    if mode == "fp8 cuBLAS":  # the product alone: its activations are e4m3 already
+        return [partial(_unquantized, w) for w in weights]
+    if column == "fp8 cuBLAS":
         if torch.cuda.get_device_capability(device) < (8, 9):
             raise Unavailable("fp8 cuBLAS: the device has no FP8 tensor cores")
-        x8, column = x.to(torch.float8_e4m3fn), torch.ones(1, n, device=device)
-        row = torch.ones(rows, 1, device=device)
+        scales = torch.ones(1 << 20, 1, device=device), torch.ones(1, n, device=device)
         weights = [weight.to(torch.float8_e4m3fn) for _ in range(rotation(n * k, device, limit=16))]
-        return [
-            partial(torch._scaled_mm, x8, w.t(), scale_a=row, scale_b=column, out_dtype=torch.bfloat16, use_fast_accum=True)
-            for w in weights
-        ]
-    if mode in PEERS:
-        need(device, f"{_VLLM_KERNELS}.{mode}")
+        return [partial(_fp8_product, w, *scales) for w in weights]
+    if column in PEERS:
+        need(device, f"{_VLLM_KERNELS}.{column}")
         quantized = quantize_weight(weight, scale_search="absmax")
-        return [partial(_peer(mode, quantized), x) for _ in range(rotation(quantized.nbytes, device, limit=32))]
+        return [_peer(column, quantized) for _ in range(rotation(quantized.nbytes, device, limit=32))]
     try:
         implementation("linear", device, backend)
     except ValueError as error:
-        raise Unavailable(f"{mode}: {error}") from None
-    quantized = quantize_weight(weight, scale_search="absmax").prepared(mode)
+        raise Unavailable(f"{column}: {error}") from None
+    quantized = quantize_weight(weight, scale_search="absmax").prepared(column)
     tensors = {key: value for key, value in vars(quantized).items() if value is not None}
     copies = [
         replace(quantized, **{key: value.clone() for key, value in tensors.items()})
         for _ in range(rotation(quantized.nbytes, device, limit=32))
     ]
     scale = torch.full((1,), 4 / (448 * 6), device=device)
-    return [partial(nvfp4_linear, x, w, activation=mode, input_scale=scale, backend=backend) for w in copies]
+    return [partial(nvfp4_linear, weight=w, activation=column, input_scale=scale, backend=backend) for w in copies]
 
 
-def _peer(name: str, weight: Nvfp4Weight) -> Callable[[torch.Tensor], object]:
+def _unquantized(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x @ weight.t()
+
+
+def _fp8_product(weight: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    scales = {"scale_a": rows[: len(x)], "scale_b": columns}
+    return torch._scaled_mm(x, weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _peer(name: str, weight: Nvfp4Weight) -> Layer:
     """vLLM's own kernel over a copy of the weight, as vLLM's layer for a compressed-tensors checkpoint sets it up."""
     import torch
 

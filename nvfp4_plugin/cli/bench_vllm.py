@@ -228,6 +228,10 @@ def _work() -> None:
             **options,
         )
         started = time.perf_counter() - start
+        # Without this plugin's entry point vLLM takes such a checkpoint for one of its own, whatever --quantization says.
+        served_by = type(engine.llm_engine.vllm_config.quant_config).__module__
+        if served_by.startswith("nvfp4_plugin.") != (method == "nvfp4-plugin"):
+            raise RuntimeError(f"{method}: vLLM serves it by {served_by}; is nvfp4-plugin installed, with its entry points?")
         Path(job["folder"], _READY).touch()
         while not Path(job["folder"], _GO).exists():
             time.sleep(0.05)
@@ -241,8 +245,8 @@ def _work() -> None:
 def _decode_rate(engine: Any, batch: int, vocabulary: int) -> float:
     """Tokens/s after the first token: what the prompt costs is taken off."""
     _seconds(engine, batch, 16, 8, vocabulary)
-    first = statistics.median(_seconds(engine, batch, 16, 1, vocabulary) for _ in range(3))
-    whole = statistics.median(_seconds(engine, batch, 16, 1 + DECODE_TOKENS, vocabulary) for _ in range(3))
+    first = statistics.median(_seconds(engine, batch, 16, 1, vocabulary) for _ in range(5))
+    whole = statistics.median(_seconds(engine, batch, 16, 1 + DECODE_TOKENS, vocabulary) for _ in range(5))
     return batch * DECODE_TOKENS / (whole - first)
 
 

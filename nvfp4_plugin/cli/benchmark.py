@@ -20,6 +20,7 @@ be captured is timed eagerly, and the result says so); on the CPU: time.perf_cou
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json as json_module
 import statistics
@@ -34,6 +35,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from nvfp4_plugin.cli.processes import interrupt_on_termination
 
 if TYPE_CHECKING:
     import torch
@@ -213,12 +216,16 @@ def run(
     plot: Path | None = None,
     repeats: int = 30,
 ) -> list[Measurement]:
-    """Time the cases, print them, write the plot. Progress goes to standard error."""
+    """Time the cases, print them, write the plot. Progress goes to standard error.
+
+    A run that is stopped (Ctrl-C, SIGTERM) prints what it has, and exits with 130.
+    """
     from nvfp4_plugin.cli.environment import versions
 
     cases = list(cases)
-    measurements = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    measurements: list[Measurement] = []
+    interrupt_on_termination()
+    with contextlib.suppress(KeyboardInterrupt), Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=len(cases))
         for case in cases:
             progress.update(task, description=f"{_label(case.point)} {case.name}")
@@ -238,6 +245,9 @@ def run(
         show(document)
     if plot is not None:
         draw(document, plot)
+    if len(measurements) < len(cases):
+        sys.stderr.write(f"stopped after {len(measurements)} of {len(cases)} cases\n")
+        raise typer.Exit(130)
     return measurements
 
 

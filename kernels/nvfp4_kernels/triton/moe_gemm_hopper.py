@@ -222,7 +222,7 @@ def _token_scale(token_ptr, live_ptr, m0, GATHER: gl.constexpr, BM: gl.constexpr
     scale = gl.full([BM], 1.0, gl.float32, gl.SliceLayout(0, LAYOUT))
     if token_ptr is not None:
         row = gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))
-        if GATHER:
+        if GATHER:  # noqa: SIM108
             scale = gl.load(token_ptr + gl.maximum(gl.load(live_ptr + m0 + row), 0))
         else:
             scale = gl.load(token_ptr + m0 + row)
