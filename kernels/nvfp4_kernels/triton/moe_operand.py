@@ -167,7 +167,7 @@ def operand(
 
     `routing` with `permute`: x is [tokens, K], rows go to their permuted places, multiplied by `topk_weights` first if
     given. `routing` alone: x is permuted already, and padding rows are left out. Rows that nothing names stay unwritten.
-    Neither: rows stay where they are. x is older than the routing, but where it is permuted already.
+    Neither: rows stay where they are.
     `reorder`: K in the order of hopper.py, with zeros up to `whole_stages(K)`.
     """
     arch = arch_of(x.device)

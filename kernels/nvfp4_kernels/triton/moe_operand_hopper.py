@@ -48,13 +48,9 @@ def operand_fp8_kernel(
 
     SCATTER: x is [count, K]; its row t goes to rows index[t, :] (none where negative). Otherwise rows index[0 .. count] of x
     stay in their places, without an index its first `count` rows. What the division and a NaN do: see activation_hopper.py.
-
-    The launch may overlap the one before it. That is the routing, where x is a layer's own: older, and read at once.
     """
-    OLDER: gl.constexpr = SCATTER or index_ptr is None
-    if not OLDER:
-        wait_for_previous_kernel()
-        let_next_kernel_start()
+    wait_for_previous_kernel()
+    let_next_kernel_start()  # not earlier: the next kernel takes the routing for complete
     NATURAL: gl.constexpr = _layout([1, 2, 4, 32, 64], [8, 16, 128, 256, 512], BLOCK, SHARE, WARPS)
     REORDERED: gl.constexpr = _layout([1, 2, 4, 8, 16], [32, 64, 128, 256, 512], BLOCK, SHARE, WARPS)
     column = gl.arange(0, BLOCK, gl.SliceLayout(0, NATURAL))
@@ -81,9 +77,6 @@ def operand_fp8_kernel(
     q = gl.permute(gl.reshape(q, [ROWS, BLOCK // 128, 4, 4, 2, 4]), [0, 1, 3, 4, 2, 5])  # t word half q -> word half t q
     q = gl.convert_layout(gl.reshape(q, [ROWS, BLOCK]), REORDERED, assert_trivial=True)
 
-    if OLDER:
-        wait_for_previous_kernel()
-        let_next_kernel_start()  # not earlier: the next kernel takes the routing for complete
     to_column = gl.arange(0, BLOCK, gl.SliceLayout(0, REORDERED))
     to_row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, REORDERED))
     in_range = to_row < count
@@ -112,8 +105,7 @@ def shape_of(k: int, permute: bool) -> dict[str, int]:
 def operand_fp8(x: torch.Tensor, index: torch.Tensor | None, out: torch.Tensor, scale: torch.Tensor, permute: bool) -> None:
     """As `moe_operand.operand` for "fp8_per_token" with `reorder` and without router weights, into out uint8 and scale.
 
-    `index`: expanded_idx_to_permuted_idx, or None for rows that stay where they are, all of them. x must be older than the
-    kernel before this one in the stream, but where it is permuted already.
+    `index`: expanded_idx_to_permuted_idx, or None for rows that stay where they are, all of them.
     """
     count, top_k = (len(x), 1) if index is None else index.shape if permute else (index.numel(), 1)
     shape = shape_of(out.shape[1], permute)
