@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Parts = Callable[[int], list[str]]
 
+_PARTED_BIAS = "w13_weight_bias_parted"
+
 
 def activation_function(name: str, config: MoeRunnerConfig) -> str:
     """The kernels' name for what SGLang asks for between the two products. ValueError where they have none."""
@@ -109,13 +111,16 @@ class _MoEMethod(FusedMoEMethodBase):
     ) -> None:
         config = layer.moe_runner_config
         self._check_flags(config)
-        self._act_fn = activation_function(self.prefix, config)
+        act_fn = activation_function(self.prefix, config)
+        # Rows of gate and up that take turns in the checkpoint are put below each other once they are quantized.
+        self._in_turns = act_fn == "swigluoai"
+        self._act_fn = "swigluoai_uninterleave" if self._in_turns else act_fn
         self._dtype = params_dtype
         inner = intermediate_size_per_partition
         layers.check_input_size(f"{self.prefix} (hidden size)", hidden_size)
         layers.check_input_size(f"{self.prefix} (intermediate size)", inner, layer.moe_tp_size)
         # The rows of w13: gate and up below each other, or taking turns, which is one matrix to a quantizer.
-        gated = config.is_gated and self._act_fn != "swigluoai"
+        gated = config.is_gated and not self._in_turns
         rows = 2 * inner if config.is_gated else inner
         widths = {"w13": [inner] * 2 if gated else [rows], "w2": [hidden_size]}
         sizes = {"w13": (num_experts, rows, hidden_size), "w2": (num_experts, hidden_size, inner)}
@@ -125,6 +130,8 @@ class _MoEMethod(FusedMoEMethodBase):
             out: dict[str, torch.Tensor | None] = {}
             for prefix in sizes:
                 weight, input_scale = self._make(loaded, prefix, widths[prefix], parts[prefix], describe)
+                if prefix == "w13" and self._in_turns:
+                    layers.part_rows(weight.data, weight.scales.view(torch.uint8))
                 weight = weight.prepared(self._activation)
                 out |= {name: getattr(weight, field) for field, name in self._names[prefix].items()}
                 out[f"{prefix}_{INPUT_SCALE}"] = input_scale
@@ -192,6 +199,13 @@ class _MoEMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.plan.warn_unmatched()
         layer.nvfp4_weights.finish(layer)
+        if self._in_turns and hasattr(layer, "w13_weight_bias"):
+            # Of a copy, so that SGLang may load other biases, or none; in place the next time, for CUDA graphs hold on to it.
+            if not hasattr(layer, _PARTED_BIAS):
+                layer.register_buffer(_PARTED_BIAS, torch.empty_like(layer.w13_weight_bias), persistent=False)
+            parted = getattr(layer, _PARTED_BIAS)
+            parted.copy_(layer.w13_weight_bias)
+            layers.part_rows(parted)
         w13 = layer.nvfp4_weights.weight(layer, self._names["w13"])
         warm_up_moe(
             w13.shape,
@@ -226,7 +240,7 @@ class _MoEMethod(FusedMoEMethodBase):
             activation=self._activation,
             act_fn=self._act_fn,
             input_scales=None if scale13 is None or scale2 is None else (scale13, scale2),
-            w13_bias=getattr(layer, "w13_weight_bias", None),
+            w13_bias=getattr(layer, _PARTED_BIAS if self._in_turns else "w13_weight_bias", None),
             w2_bias=getattr(layer, "w2_weight_bias", None),
             apply_router_weight_on_input=self.moe_runner_config.apply_router_weight_on_input,
             backend=self._backend,
@@ -238,7 +252,7 @@ class Nvfp4MoEMethod(_MoEMethod):
 
     def create_weights(self, layer: Layer, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
-        if self._act_fn == "swigluoai":
+        if self._in_turns:
             raise ValueError(
                 f"{self.prefix}: experts with gate and up rows in turn (swigluoai) can be quantized while they load, but "
                 "not loaded from an NVFP4 checkpoint, whose scales are gate's and up's own"

@@ -45,6 +45,32 @@ def test_checkpoint_forms_give_the_same_bits(kind: str, form: str, online: torch
         assert torch.equal(logprobs(model, PROMPT), online)
 
 
+def test_experts_of_gpt_oss_are_quantized_while_they_load(checkpoint) -> None:
+    """The rows of its gate and up take turns. SGLang has no attention for it on a CPU, so that its experts run alone."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    model = tiny_model("gpt_oss")
+    fake = model.fake_quantized()
+    with runner(checkpoint("gpt_oss", "bf16"), {"activation": "none"}, attention_backend="triton") as served:
+        for block in range(2):
+            name = f"model.layers.{block}.mlp.experts"
+            tensors = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+            gate_up, down, gate_up_bias, down_bias = (fake[f"{name}.{tensor}"].double() for tensor in tensors)
+            x = torch.randn(9, gate_up.shape[1])
+            scores = torch.rand(9, len(gate_up)).topk(3, dim=-1)
+            ids = scores.indices.to(torch.int32)
+            got = modules(served)[name](x.clone(), StandardTopKOutput(scores.values, ids, torch.empty(0)))
+            want = torch.zeros(9, down.shape[2], dtype=torch.float64)
+            for slot in range(3):
+                expert = scores.indices[:, slot]
+                pairs = torch.einsum("mk,mkn->mn", x.double(), gate_up[expert]) + gate_up_bias[expert]
+                gate, up = pairs[:, 0::2].clamp(max=7), pairs[:, 1::2].clamp(-7, 7)
+                h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+                y = torch.einsum("mn,mnk->mk", h, down[expert]) + down_bias[expert]
+                want += scores.values[:, slot, None].double() * y
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("activation", ["nvfp4_per_token", "nvfp4_per_tensor", "fp8_per_token"])
 @pytest.mark.parametrize("kind_of", ["llama", "qwen3_moe"])
 def test_quantized_activations(kind_of: str, activation: str, checkpoint, tmp_path: Path) -> None:
