@@ -82,11 +82,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "bf16": {"quantization": None},
 }
 _RESULT = '{"tokens_per_second"'
-_READY, _GO = "ready", "go"
+_READY, _GO, _DONE = "ready", "go", "done"
 BATCHES = (1, 16, 64)
 PREFILL = (8, 2048)
 DECODE_TOKENS = 128
-_KV_CACHE_BYTES = 4 << 30  # for all of PREFILL's tokens, and the same for every method
+KV_CACHE_BYTES = 4 << 30  # for all of PREFILL's tokens, and the same for every method
 
 
 def vllm(
@@ -94,7 +94,7 @@ def vllm(
     layers: Annotated[int, typer.Option(help="Decoder layers; 0 takes the model's own number.")] = 0,
     method: Annotated[list[str], typer.Option(help="May be given several times.")] = list(METHODS),  # noqa: B006
     activation: Annotated[str, typer.Option(help="This plugin's activation mode.")] = "auto",
-    timeout: Annotated[int, typer.Option(help="Seconds that one method may take.")] = 900,
+    timeout: Annotated[int, typer.Option(help="Seconds that one method may take to start, and to be measured.")] = 900,
     together: Annotated[
         bool, typer.Option("--together", help="Start all engines at once, each on its share of the memory; measured in turn.")
     ] = False,
@@ -138,7 +138,7 @@ class _Worker:
     """The process of one method: starts its engine, waits for `measure`, prints what it measured. Gone when closed."""
 
     def __init__(self, method: str, config: dict[str, Any], activation: str, share: float, timeout: int) -> None:
-        self._deadline = time.monotonic() + timeout
+        self._started = time.monotonic()
         self._timeout = timeout
         with contextlib.ExitStack() as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -151,24 +151,34 @@ class _Worker:
                     stderr=subprocess.STDOUT,
                 )
             )
-            job = {"method": method, "config": config, "activation": activation, "memory": share, "folder": str(self._folder)}
+            job = {
+                "method": method,
+                "config": config,
+                "activation": activation,
+                "memory": share,
+                "folder": str(self._folder),
+                "batches": BATCHES,
+                "prefill": PREFILL,
+                "kv_cache_bytes": KV_CACHE_BYTES,
+            }
             assert self._process.stdin is not None
             self._process.stdin.write(json_line(job).encode())
             self._process.stdin.close()
             self.close = stack.pop_all().close
 
-    def _wait(self, until: Callable[[], bool]) -> None:
-        while self._process.poll() is None and not until() and time.monotonic() < self._deadline:
+    def _wait(self, until: Callable[[], bool], deadline: float) -> None:
+        while self._process.poll() is None and not until() and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def wait_until_ready(self) -> None:
         """Return when the engine has started, or will not any more."""
-        self._wait((self._folder / _READY).exists)
+        self._wait((self._folder / _READY).exists, self._started + self._timeout)
 
     def measure(self) -> dict[str, Any]:
         """Let the engine work; what the process printed, or an error."""
         (self._folder / _GO).touch()
-        self._wait(lambda: False)
+        # From now on: it may have waited for others. Nor does it matter how long the engine takes to go.
+        self._wait((self._folder / _DONE).exists, time.monotonic() + self._timeout)
         code = self._process.poll()
         self._log.seek(0)
         output = self._log.read()
@@ -221,9 +231,9 @@ def _work() -> None:
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             max_model_len=4096,
-            max_num_seqs=max(BATCHES),
+            max_num_seqs=max(job["batches"]),
             gpu_memory_utilization=job["memory"],
-            kv_cache_memory_bytes=_KV_CACHE_BYTES,
+            kv_cache_memory_bytes=job["kv_cache_bytes"],
             compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
             **options,
         )
@@ -235,11 +245,12 @@ def _work() -> None:
         Path(job["folder"], _READY).touch()
         while not Path(job["folder"], _GO).exists():
             time.sleep(0.05)
-        rates = {f"decode, batch {batch}": _decode_rate(engine, batch, config["vocab_size"]) for batch in BATCHES}
-        rows, length = PREFILL
+        rates = {f"decode, batch {batch}": _decode_rate(engine, batch, config["vocab_size"]) for batch in job["batches"]}
+        rows, length = job["prefill"]
         seconds = statistics.median(_seconds(engine, rows, length, 1, config["vocab_size"]) for _ in range(4))
         rates[f"prefill {rows} x {length}"] = rows * length / seconds
     print(json_line({"tokens_per_second": rates, "seconds_to_start": started}), flush=True)
+    Path(job["folder"], _DONE).touch()
 
 
 def _decode_rate(engine: Any, batch: int, vocabulary: int) -> float:
