@@ -18,12 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import thread_barrier, tma_load, wait_for_previous_kernel
 from .hopper import (
-    decode_16,
-    decode_fp8,
+    decode_part,
     fold_pairs,
-    halves,
     part_of,
-    scale_pairs,
     scaled,
     store_direct,
     sum_parts,
@@ -107,6 +104,7 @@ def gemm_decode(
     free = STAGES - BURST
     for unit in range(gl.program_id(0), units, stride):
         tile = unit // split
+        fold = None
         if FP8:
             fold = fold_pairs(fold_ptr, tile // m_tiles * BN, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
@@ -116,14 +114,8 @@ def gemm_decode(
             for chunk in gl.static_range(2):
                 w = words.index(slot).slice(16 * chunk, 16, dim=1).load(WORDS)
                 s = scales.index(slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
-                if not FP8:
-                    s_first, s_second = scale_pairs(s, FP16)
-                    w_first, w_second = halves(w, BN)
                 for half in gl.static_range(128 // STEP):
-                    if FP8:
-                        a = decode_fp8(w, s, fold, BN, OPERAND)
-                    else:
-                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    a = decode_part(w, s, fold, half, BN, OPERAND, FP8, FP16)
                     x = x_ring.index(slot).slice(chunk * 128 + half * 64, STEP, dim=1)
                     token = warpgroup_mma(a, x.permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))

@@ -19,12 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
 from .hopper import (
-    decode_16,
-    decode_fp8,
+    decode_part,
     fold_pairs,
-    halves,
     join_parts,
-    scale_pairs,
     scaled,
     share_of,
     store_bulk,
@@ -131,6 +128,7 @@ def gemm_large(
     x_free = X_STAGES - 1
     for unit in range(gl.program_id(0), units, stride):
         n_tile, m_tile, _, count = share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+        fold = None
         if FP8:
             fold = fold_pairs(fold_ptr, n_tile * BN, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
@@ -139,14 +137,8 @@ def gemm_large(
             for chunk in gl.static_range(2):
                 w = words.index(w_slot * 2 + chunk).load(WORDS)
                 s = scales.index(w_slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
-                if not FP8:
-                    s_first, s_second = scale_pairs(s, FP16)
-                    w_first, w_second = halves(w, BN)
                 for half in gl.static_range(PER_WEIGHT_STAGE // 2):
-                    if FP8:
-                        a = decode_fp8(w, s, fold, BN, OPERAND)
-                    else:
-                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    a = decode_part(w, s, fold, half, BN, OPERAND, FP8, FP16)
                     mbarrier.wait(x_bars.index(x_slot), x_phase)
                     token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))

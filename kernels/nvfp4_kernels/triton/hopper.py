@@ -205,6 +205,22 @@ def decode_16(words, scale, BN: gl.constexpr, OPERAND: gl.constexpr, FP16: gl.co
 
 
 @gluon.jit
+def decode_part(
+    words, scales, fold, part: gl.constexpr, BN: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr, FP16: gl.constexpr
+):
+    """A chunk of 128 values of K, int32 words [BN, 16] and int16 scale pairs [BN, 4], in operand layout.
+
+    FP8: [BN, 128] in e4m3, with f16 pairs of 2^-fold [BN, 4]; otherwise its first or second half, [BN, 64].
+    """
+    if FP8:
+        return decode_fp8(words, scales, fold, BN, OPERAND)
+    else:
+        s_first, s_second = scale_pairs(scales, FP16)
+        w_first, w_second = halves(words, BN)
+        return decode_16(w_first if part == 0 else w_second, s_first if part == 0 else s_second, BN, OPERAND, FP16)
+
+
+@gluon.jit
 def fold_pairs(fold_ptr, n0, N, BN: gl.constexpr, LAYOUT: gl.constexpr):
     """2^-fold of rows n0 .. n0 + BN as pairs of f16, int32 [BN, 4]. A fold is a power of two from 2^-15 to 2^3: exact."""
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))

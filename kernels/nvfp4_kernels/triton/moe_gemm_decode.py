@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gluon_compat import thread_barrier
-from .hopper import decode_16, decode_fp8, halves, part_of, scale_pairs, sum_parts
+from .hopper import decode_part, part_of, sum_parts
 from .moe_hopper import (
     finish,
     fold_pairs,
@@ -181,6 +181,7 @@ def grouped_gemm_decode_kernel(
         factor = row_factor(
             row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
         )
+        fold = None
         if FP8:
             fold = fold_next
             fold_next = fold_pairs(fold_ptr, expert_next, tile_next % n_tiles * COLUMNS, second, N, WARPS)
@@ -192,14 +193,8 @@ def grouped_gemm_decode_kernel(
             for chunk in gl.static_range(2):
                 w = words_of_slot(read_words, slot, chunk, WARPS)
                 s = scales_of_slot(read_scales, slot, chunk, WARPS)
-                if not FP8:
-                    s_first, s_second = scale_pairs(s, FP16)
-                    w_first, w_second = halves(w, BN)
                 for half in gl.static_range(PER_STAGE // 2):
-                    if FP8:
-                        a = decode_fp8(w, s, fold, BN, OPERAND)
-                    else:
-                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    a = decode_part(w, s, fold, half, BN, OPERAND, FP8, FP16)
                     x = x_ring.index(slot * PER_STAGE + chunk * (PER_STAGE // 2) + half)
                     token = warpgroup_mma(a, x.permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))

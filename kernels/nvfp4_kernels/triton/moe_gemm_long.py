@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gluon_compat import thread_barrier
-from .hopper import decode_16, decode_fp8, halves, scale_pairs, tile_of
+from .hopper import decode_part, tile_of
 from .moe_hopper import (
     finish,
     fold_pairs,
@@ -112,6 +112,7 @@ def grouped_gemm_long_kernel(
     x_free = X_STAGES - 1
     for unit in range(gl.program_id(0), units, stride):
         expert, n_tile, m0 = _tile(unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+        fold = None
         if FP8:
             fold = fold_pairs(fold_ptr, expert, n_tile * COLUMNS, second, N, WARPS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
@@ -120,14 +121,8 @@ def grouped_gemm_long_kernel(
             for chunk in gl.static_range(2):
                 w = words_of_slot(read_words, w_slot, chunk, WARPS)
                 s = scales_of_slot(read_scales, w_slot, chunk, WARPS)
-                if not FP8:
-                    s_first, s_second = scale_pairs(s, FP16)
-                    w_first, w_second = halves(w, BN)
                 for half in gl.static_range(PER_STAGE // 2):
-                    if FP8:
-                        a = decode_fp8(w, s, fold, BN, OPERAND)
-                    else:
-                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    a = decode_part(w, s, fold, half, BN, OPERAND, FP8, FP16)
                     mbarrier.wait(x_bars.index(x_slot), x_phase)
                     token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))

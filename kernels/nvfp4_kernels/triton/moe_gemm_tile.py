@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gluon_compat import thread_barrier
-from .hopper import decode_16, decode_fp8, decode_word_fp8, halves, scale_pairs, scale_tables, tile_of
+from .hopper import decode_part, decode_word_fp8, halves, scale_tables, tile_of
 from .moe_hopper import (
     finish,
     fold_pairs,
@@ -76,9 +76,6 @@ def _one_tile(
         for chunk in gl.static_range(2):
             w = words_of_slot(read_words, slot, chunk, WARPS)
             s = scales_of_slot(read_scales, slot, chunk, WARPS)
-            if not FP8:
-                s_first, s_second = scale_pairs(s, FP16)
-                w_first, w_second = halves(w, BN)
             if BY_WORD:
                 low_first, high_first, low_second, high_second = scale_tables(s, fold)
             for half in gl.static_range(PER_STAGE // 2):
@@ -100,10 +97,7 @@ def _one_tile(
                             thread_barrier()
                             load_x(x_desc, x_ptr, rows, x_ring, x_bars, ahead, ahead % X_STAGES, WARPS, ahead < x_stages)
                 else:
-                    if FP8:
-                        a = decode_fp8(w, s, fold, BN, OPERAND)
-                    else:
-                        a = decode_16(w_first if half == 0 else w_second, s_first if half == 0 else s_second, BN, OPERAND, FP16)
+                    a = decode_part(w, s, fold, half, BN, OPERAND, FP8, FP16)
                     mbarrier.wait(x_bars.index(x_slot), (x_step // X_STAGES) & 1)
                     if x_ptr is not None:
                         fence_async_shared()  # threads wrote the stage, tensor cores read it
@@ -187,7 +181,7 @@ def grouped_gemm_kernel(
     rows = rows_of_x(x_ptr, live_ptr, m0, k_stages * 256, BM, WARPS)
     for i in gl.static_range(X_STAGES - 1):
         load_x(x_desc, x_ptr, rows, x_ring, x_bars, i, i, WARPS, i < x_stages)
-    fold = n_tile
+    fold = None
     if FP8:
         fold = fold_pairs(fold_ptr, expert, column0, second, N, WARPS)
     if BY_WORD:
