@@ -41,7 +41,8 @@ POINTERS = {
 
 
 def descriptor(element: Any, name: str, block: list[int], swizzle: int) -> str:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element.primitive_bitwidth, rank=2)
+    bits = element.primitive_bitwidth
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=len(block))
     return f"tensordesc<{name}{block},{layout!r}>"
 
 
@@ -73,23 +74,22 @@ def rows() -> list[tuple[Any, ...]]:
     """(name, kernel, types, constants, arch, warps, gluon) of every variant."""
     made: list[tuple[Any, ...]] = []
     for x in ("fp8", "bf16", "fp16"):
-        for bm, reduce in ((256, False), (256, True), (128, True)):
-            types = wgmma_operands(x, 128, bm, 128 if x == "fp8" else 64)
+        out, name = TYPES["fp16" if x == "fp16" else "bf16"]
+        for reduce, bulk in ((False, True), (True, True), (True, False)):
+            types = wgmma_operands(x, 64, 256, 128 if x == "fp8" else 64)
+            types["w_desc"] = descriptor(gl.int32, "i32", [2, 64, 16], 64)
             constants = {
-                "BM": bm, "WEIGHT_STAGES": 3, "X_STAGES": 4, "GROUP": 8,
-                "TOKEN": x == "fp8", "BIAS": False, "REDUCE": reduce, "BULK_STORE": bm == 256,
+                "BM": 256, "WEIGHT_STAGES": 3, "GROUP": 8,
+                "TOKEN": x == "fp8", "BIAS": False, "REDUCE": reduce, "BULK_STORE": bulk,
             }  # fmt: skip
-            out, name = TYPES["fp16" if x == "fp16" else "bf16"]
-            if bm != 256:
-                constants["out_desc"] = None
+            if bulk:
+                types["out_desc"] = descriptor(out, name, [32, 64], 128)
             else:
-                types["out_desc"] = descriptor(out, name, [bm // 2, 128], 128)
-            made.append((f"large {x} {bm} {reduce}", gemm_large, types, constants, 90, 8, True))
-    for x in ("fp8", "bf16", "fp16"):
+                constants["out_desc"] = None
+            made.append((f"large {x} {reduce} {bulk}", gemm_large, types, constants, 90, 4, True))
         for reduce in (False, True):
             types = wgmma_operands(x, 128, 128, 128 if x == "fp8" else 64)
-            out, name = TYPES["fp16" if x == "fp16" else "bf16"]
-            types["out_desc"] = descriptor(out, name, [64, 64], 128)
+            types["out_desc"] = descriptor(out, name, [16, 64], 128)
             constants = {
                 "BM": 128, "WEIGHT_STAGES": 3, "X_STAGES": 6 if x == "fp8" else 8, "GROUP": 8,
                 "TOKEN": x == "fp8", "BIAS": False, "REDUCE": reduce, "BULK_STORE": True,

@@ -30,15 +30,16 @@ def count(variant: dict[str, Any], pattern: str) -> int:
 
 
 @pytest.mark.parametrize("x", ["fp8", "bf16", "fp16"])
-@pytest.mark.parametrize(("tokens", "reduce"), [(256, False), (256, True), (128, True)])
-def test_large(compiled: Variants, x: str, tokens: int, reduce: bool) -> None:
-    variant = compiled[f"large {x} {tokens} {reduce}", 90]
+@pytest.mark.parametrize(("reduce", "bulk"), [(False, True), (True, True), (True, False)])
+def test_large(compiled: Variants, x: str, reduce: bool, bulk: bool) -> None:
+    variant = compiled[f"large {x} {reduce} {bulk}", 90]
     k, steps = (32, 8) if x == "fp8" else (16, 16)  # wgmma of a weight stage of 256 values of K
-    assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n{tokens}k{k}\.") == steps
-    assert count(variant, r"cp\.async\.bulk\.tensor\.2d\.shared") >= 4
-    assert ("stmatrix" in variant["ptx"]) == (tokens == 256)
+    assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n256k{k}\.") == 2 * steps  # in either group of warps
+    assert count(variant, r"cp\.async\.bulk\.tensor\.[23]d\.shared") >= 2 * 4
+    assert ("stmatrix" in variant["ptx"]) == bulk
     assert variant["shared"] <= 227 * 1024
-    assert_pipelined(variant)
+    # Rows of outputs that are no multiple of 16 bytes are stored value by value, at the price of some registers.
+    assert_pipelined(variant, 64 if bulk else 800)
 
 
 @pytest.mark.parametrize("x", ["fp8", "bf16", "fp16"])
@@ -51,12 +52,12 @@ def test_medium(compiled: Variants, x: str, reduce: bool) -> None:
     assert_pipelined(variant)
 
 
-def assert_pipelined(variant: dict[str, Any]) -> None:
-    """ptxas neither serialized the products (C7510 to C7513) nor ran out of registers within them."""
+def assert_pipelined(variant: dict[str, Any], most: int = 64) -> None:
+    """ptxas neither serialized the products (C7510 to C7515) nor spilled more than `most` bytes, around the epilogue."""
     assert "C75" not in variant["log"], variant["log"]
     spilled = re.search(r"(\d+) bytes spill stores", variant["log"])
     assert spilled is not None
-    assert int(spilled[1]) <= 64, variant["log"]  # a few words around the epilogue
+    assert int(spilled[1]) <= most, variant["log"]
 
 
 @pytest.mark.parametrize("x", ["fp8", "bf16"])

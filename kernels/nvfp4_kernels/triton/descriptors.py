@@ -23,12 +23,13 @@ class _Memory:
 
 
 @functools.lru_cache(maxsize=4096)
-def _made(address: int, dtype: torch.dtype, shape: tuple[int, ...], row_stride: int, box: tuple[int, ...]) -> TensorDescriptor:
+def _made(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> TensorDescriptor:
     row_bytes = box[-1] * dtype.itemsize
     swizzle = next((width for width in (128, 64, 32) if row_bytes % width == 0), 0)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=dtype.itemsize * 8, rank=len(box))
-    strides = [row_stride, 1] if len(box) == 2 else [shape[1] * row_stride, row_stride, 1]
-    return TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(box), layout)
+    return TensorDescriptor(_Memory(address, dtype), list(shape), list(strides), list(box), layout)
 
 
 def descriptor(
@@ -43,4 +44,18 @@ def descriptor(
     dtype = dtype or tensor.dtype
     *leading, columns = tensor.shape
     shape = shape or (math.prod(leading), columns * size // dtype.itemsize)
-    return _made(tensor.data_ptr(), dtype, shape, tensor.stride(-2) * size // dtype.itemsize, box)
+    row = tensor.stride(-2) * size // dtype.itemsize
+    strides = (row, 1) if len(box) == 2 else (shape[1] * row, row, 1)
+    return _made(tensor.data_ptr(), dtype, shape, strides, box)
+
+
+def chunked(tensor: torch.Tensor, box: tuple[int, int, int], dtype: torch.dtype) -> TensorDescriptor:
+    """Boxes [chunks, rows, columns] of a tensor [..., columns], whose rows are taken for chunks of box[-1] values of `dtype`.
+
+    One copy brings neighbouring chunks of many rows, each chunk of all rows together.
+    """
+    size = tensor.element_size()
+    *leading, columns = tensor.shape
+    row, width = tensor.stride(-2) * size // dtype.itemsize, box[-1]
+    shape = (columns * size // dtype.itemsize // width, math.prod(leading), width)
+    return _made(tensor.data_ptr(), dtype, shape, (width, row, 1), box)

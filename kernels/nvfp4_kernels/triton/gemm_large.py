@@ -1,8 +1,8 @@
 """Hopper GEMM for many rows: NVFP4 weights x e4m3 or 16-bit activations on wgmma, persistent tiles.
 
-Eight warps hold a tile of 128 output features x BM tokens. Weights (packed), scales and x come by bulk tensor copies into
-rings in shared memory, across tiles; a weight step is decoded in registers while the products of the last one run: one
-group of wgmma stays in flight.
+A tile is 128 output features x BM tokens. Two groups of four warps hold 64 features each and go on their own: while one
+decodes a step of weights in registers, copies, or writes its tile, the products of the other run, and each keeps one group of
+wgmma in flight. Each copies its own weights in bulk into a ring in shared memory; x, which both multiply, they copy in turns.
 """
 
 from __future__ import annotations
@@ -17,92 +17,113 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_compat import thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
-from .hopper import (
-    decode_part,
-    fold_pairs,
-    join_parts,
-    scaled,
-    share_of,
-    store_bulk,
-    store_direct,
-    store_sum,
-)
+from .gluon_compat import reinterpret, thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
+from .hopper import add_parts, decode_part, fold_pairs, share_of, store_tile
 
 
 @gluon.jit
-def _load_weights(w_desc, s_desc, words, scales, bar, n0, k, stage, pred):
-    """Weight stage k (256 values of K) of rows n0.. into slot `stage`."""
-    mbarrier.expect(bar, 2 * w_desc.block_type.nbytes + s_desc.block_type.nbytes, pred=pred)
-    for chunk in gl.static_range(2):
-        tma_load(w_desc, [n0, k * 32 + chunk * 16], bar, words.index(stage * 2 + chunk), pred=pred)
-    tma_load(s_desc, [n0, k * 8], bar, scales.index(stage), pred=pred)
+def _load_weights(w_desc, s_desc, words, scales, full, n0, k, slot, pred):
+    """Weight stage k (256 values of K) of 64 rows n0.. into `slot`."""
+    bar = full.index(slot)
+    mbarrier.expect(bar, w_desc.block_type.nbytes + s_desc.block_type.nbytes, pred=pred)
+    tma_load(w_desc, [k * 2, n0, 0], bar, words.index(slot), pred=pred)
+    tma_load(s_desc, [n0, k * 8], bar, scales.index(slot), pred=pred)
 
 
 @gluon.jit
-def _load_x(x_desc, x_ring, bars, m0, k, stage, XK: gl.constexpr, pred):
-    mbarrier.expect(bars.index(stage), x_desc.block_type.nbytes, pred=pred)
-    tma_load(x_desc, [m0, k * XK], bars.index(stage), x_ring.index(stage), pred=pred)
+def _load_x(x_desc, x_ring, full, m0, k, slot, pred):
+    """x stage k (128 bytes of a row) of tokens m0.. into `slot`."""
+    bar = full.index(slot)
+    mbarrier.expect(bar, x_desc.block_type.nbytes, pred=pred)
+    tma_load(x_desc, [m0, k * x_desc.block_type.shape[1]], bar, x_ring.index(slot), pred=pred)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "stages", "whole", "split", "row_stride", "token_stride"])
-def gemm_large(
-    w_desc, s_desc, x_desc, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
-    N, M, stages, whole, split, row_stride, token_stride,
-    BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr, BULK_STORE: gl.constexpr,
+@gluon.jit
+def _stage(
+    token, fold, words, scales, x_desc, x_ring, x_full, x_empty, w_slot, pair, x_phase, own_pair, own_phase,
+    m0, x_k, next_m0, next_x_k, next_live, more,
+    HALF: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = x [M, K] @ weight [N, K]^T, see linear.py for the arguments.
+    """The products of a weight stage; meanwhile the group copies the x stages of its parity, two further.
 
-    w_desc int32 [N, K/8] in boxes [128, 16], s_desc int16 [N, K/32] in boxes [128, 8], x_desc [M, K] in the permuted order of
-    hopper.py in boxes [BM, 128 bytes]; stages = K / 256. The first `whole` tiles are a unit of work each. With REDUCE the K of
-    each tile behind them is shared by `split` units, which differ by one stage at most: the last block of a tile adds up the
-    fp32 partials of all, in a fixed order, and leaves the tile's counter at 0 again: partial fp32 [(tiles - whole) * split *
-    128 * BM], count int32 [tiles - whole], zeros.
+    more: the tile's sums have begun before.
     """
-    BN: gl.constexpr = 128
-    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
-    FP16: gl.constexpr = x_desc.dtype == gl.float16
-    XK: gl.constexpr = 128 if FP8 else 64  # values of K in an x stage: rows of 128 bytes
-    PER_WEIGHT_STAGE: gl.constexpr = 256 // XK
-    WARPS: gl.constexpr = [[16, 0], [32, 0], [64, 0]]
+    BN: gl.constexpr = 64
+    FP8: gl.constexpr = x_ring.dtype == gl.float8e4nv
+    FP16: gl.constexpr = x_ring.dtype == gl.float16
+    PARTS: gl.constexpr = 1 if FP8 else 2  # x stages of a chunk of 128 values of K
+    WARPS: gl.constexpr = [[16, 0], [32, 0]]
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 16]
     )
     PAIRS: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 4])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 32 if FP8 else 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
+    for chunk in gl.static_range(2):
+        w = words.index(w_slot * 2 + chunk).load(WORDS)
+        s = scales.index(w_slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
+        for part in gl.static_range(PARTS):
+            a = decode_part(w, s, fold, part, BN, OPERAND, FP8, FP16)
+            if (chunk * PARTS + part) % 2 == 0:
+                slot = 2 * pair
+                last = 2 * (pair ^ 1) + 1
+            else:
+                slot = 2 * pair + 1
+                last = 2 * pair
+            mbarrier.wait(x_full.index(slot), x_phase)
+            token = warpgroup_mma(a, x_ring.index(slot).permute((1, 0)), token, is_async=True)
+            token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+            # The products before these are done, in every warp once past the barrier.
+            thread_barrier()
+            if chunk * PARTS + part == 0:
+                mbarrier.arrive(x_empty.index(last), count=1, pred=more)
+            else:
+                mbarrier.arrive(x_empty.index(last), count=1)
+            if (chunk * PARTS + part) % 2 == HALF:
+                free = 2 * own_pair + HALF
+                mbarrier.wait(x_empty.index(free), own_phase)
+                if chunk * PARTS + part + 2 < 2 * PARTS:
+                    _load_x(x_desc, x_ring, x_full, m0, x_k + 2, free, True)
+                else:
+                    _load_x(x_desc, x_ring, x_full, next_m0, next_x_k, free, next_live)
+                own_pair ^= 1
+                if own_pair == 0:
+                    own_phase ^= 1
+            if (chunk * PARTS + part) % 2 == 1:
+                pair ^= 1
+                if pair == 0:
+                    x_phase ^= 1
+    return token, pair, x_phase, own_pair, own_phase
 
-    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 2, BN, 16], w_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES, BN, 8], s_desc.layout)
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
-    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
-    x_bars = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(WEIGHT_STAGES):
-        mbarrier.init(w_bars.index(i), count=1)
-    for i in gl.static_range(X_STAGES):
-        mbarrier.init(x_bars.index(i), count=1)
-    if BULK_STORE:  # noqa: SIM108
-        staging = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [BM // 2, BN], out_desc.layout)
-    else:
-        staging = x_ring
-    fence_async_shared()
 
-    n_tiles = gl.cdiv(N, BN)
+@gluon.jit
+def _group(
+    w_desc, s_desc, x_desc, out_desc, words, read_words, scales, x_ring, w_full, x_full, x_empty, staging,
+    out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
+    N, M, stages, whole, split, row_stride, token_stride, units,
+    HALF: gl.constexpr, BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, GROUP: gl.constexpr,
+    TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr, BULK_STORE: gl.constexpr,
+):  # fmt: skip
+    """Four warps: features 64 HALF .. 64 HALF + 63 of every tile, and the x stages of this parity."""
+    BN: gl.constexpr = 64
+    FP8: gl.constexpr = x_ring.dtype == gl.float8e4nv
+    PER_WEIGHT_STAGE: gl.constexpr = 2 if FP8 else 4
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BN, 4]
+    )
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32 if FP8 else 16])
+
+    n_tiles = gl.cdiv(N, 2 * BN)
     m_tiles = gl.cdiv(M, BM)
-    units = n_tiles * m_tiles
-    if REDUCE:
-        units = whole + (units - whole) * split
     stride = gl.num_programs(0)
-    # The loads run ahead of the products, across units: cursors of the weight stage and of the x stage to load next.
-    # Divisions happen between units alone.
+    # The loads run ahead of the products, across units: cursors of the weight stage to load next, and of the one whose x is.
     w_unit = gl.program_id(0)
     x_unit = w_unit
-    w_tile, x_tile, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
-    x_k = w_k * PER_WEIGHT_STAGE
-    x_left = w_left * PER_WEIGHT_STAGE
-    for i in gl.static_range(WEIGHT_STAGES - 1):
-        _load_weights(w_desc, s_desc, words, scales, w_bars.index(i), w_tile * BN, w_k, i, w_unit < units)
+    w_tile, m_tile, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+    x_k = w_k * PER_WEIGHT_STAGE + HALF
+    x_left = w_left
+    next_m0 = m_tile * BM
+    for i in gl.static_range(WEIGHT_STAGES):
+        _load_weights(w_desc, s_desc, words, scales, w_full, w_tile * 2 * BN + HALF * BN, w_k, i, w_unit < units)
         w_k += 1
         w_left -= 1
         if w_left == 0:
@@ -110,89 +131,131 @@ def gemm_large(
             w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
     # The first weights are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
-    for i in gl.static_range(X_STAGES - 1):
-        _load_x(x_desc, x_ring, x_bars, x_tile * BM, x_k, i, XK, x_unit < units)
-        x_k += 1
-        x_left -= 1
-        if x_left == 0:
-            x_unit += stride
-            _, x_tile, x_k, x_left = share_of(x_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
-            x_k *= PER_WEIGHT_STAGE
-            x_left *= PER_WEIGHT_STAGE
-
+    _load_x(x_desc, x_ring, x_full, next_m0, x_k, HALF, True)
+    own_pair = 1
+    own_phase = 1  # the first time around, slots are free
     w_slot = 0
     w_phase = 0
-    w_free = WEIGHT_STAGES - 1
-    x_slot = 0
+    pair = 0
     x_phase = 0
-    x_free = X_STAGES - 1
     for unit in range(gl.program_id(0), units, stride):
         n_tile, m_tile, _, count = share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+        n0 = n_tile * 2 * BN + HALF * BN
+        m0 = m_tile * BM
         fold = None
         if FP8:
-            fold = fold_pairs(fold_ptr, n_tile * BN, N, BN, PAIRS)
+            fold = fold_pairs(fold_ptr, n0, N, BN, PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        for _stage in range(count):
-            mbarrier.wait(w_bars.index(w_slot), w_phase)
-            for chunk in gl.static_range(2):
-                w = words.index(w_slot * 2 + chunk).load(WORDS)
-                s = scales.index(w_slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
-                for half in gl.static_range(PER_WEIGHT_STAGE // 2):
-                    a = decode_part(w, s, fold, half, BN, OPERAND, FP8, FP16)
-                    mbarrier.wait(x_bars.index(x_slot), x_phase)
-                    token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
-                    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-                    # The products before these are done, in every warp once past the barrier: their x stage is free.
-                    thread_barrier()
-                    _load_x(x_desc, x_ring, x_bars, x_tile * BM, x_k, x_free, XK, x_unit < units)
-                    x_free = x_slot
-                    x_slot += 1
-                    if x_slot == X_STAGES:
-                        x_slot = 0
-                        x_phase ^= 1
-                    x_k += 1
-                    x_left -= 1
-                    if x_left == 0:
-                        x_unit += stride
-                        _, x_tile, x_k, x_left = share_of(x_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
-                        x_k *= PER_WEIGHT_STAGE
-                        x_left *= PER_WEIGHT_STAGE
-            _load_weights(w_desc, s_desc, words, scales, w_bars.index(w_free), w_tile * BN, w_k, w_free, w_unit < units)
-            w_free = w_slot
-            w_slot += 1
-            if w_slot == WEIGHT_STAGES:
-                w_slot = 0
-                w_phase ^= 1
+        for step in range(count):
+            next_x_k = x_k + PER_WEIGHT_STAGE
+            x_left -= 1
+            if x_left == 0:
+                x_unit += stride
+                _, x_tile, next_x_k, x_left = share_of(x_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+                next_m0 = x_tile * BM
+                next_x_k = next_x_k * PER_WEIGHT_STAGE + HALF
+            mbarrier.wait(w_full.index(w_slot), w_phase)
+            token, pair, x_phase, own_pair, own_phase = _stage(
+                token, fold, read_words, scales, x_desc, x_ring, x_full, x_empty, w_slot, pair, x_phase, own_pair, own_phase,
+                m0, x_k, next_m0, next_x_k, x_unit < units, step > 0, HALF, ACC,
+            )  # fmt: skip
+            x_k = next_x_k
+            # All four warps have read this stage's weights: before the last barrier.
+            _load_weights(w_desc, s_desc, words, scales, w_full, w_tile * 2 * BN + HALF * BN, w_k, w_slot, w_unit < units)
             w_k += 1
             w_left -= 1
             if w_left == 0:
                 w_unit += stride
                 w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+            w_slot += 1
+            if w_slot == WEIGHT_STAGES:
+                w_slot = 0
+                w_phase ^= 1
         acc = warpgroup_mma_wait(0, deps=[token])
+        thread_barrier()
+        mbarrier.arrive(x_empty.index(2 * (pair ^ 1) + 1), count=1)
 
-        n = n_tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
-        m = m_tile * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
         whole_tile = True
         if REDUCE:
             whole_tile = unit < whole
         if whole_tile:
-            result = scaled(
-                acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-                out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
+            store_tile(
+                acc, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+                token_stride, FP8, TOKEN, BIAS, BULK_STORE,
             )  # fmt: skip
-            if BULK_STORE:
-                store_bulk(result, out_desc, staging, n_tile * BN, m_tile * BM, BN, BM)
-            else:
-                store_direct(result, out_ptr, n, m, N, M)
         if REDUCE:  # noqa: SIM102
             if not whole_tile:
                 rest = unit - whole
-                tile = rest // split
-                if join_parts(acc, partial_ptr, count_ptr, tile, rest, split, BN, BM, 8):
-                    store_sum(
-                        partial_ptr, tile, split, n_tile * BN, m_tile * BM, out_desc, staging, out_ptr,
-                        N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-                        BN, BM, 8, FP8, TOKEN, BIAS, BULK_STORE,
-                    )  # fmt: skip
+                add_parts(
+                    acc, partial_ptr, count_ptr, rest // split * 2 + HALF, rest % split, split, n0, m0, out_desc, staging,
+                    out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+                    FP8, TOKEN, BIAS, BULK_STORE,
+                )  # fmt: skip
     if BULK_STORE:
         tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "stages", "whole", "split", "row_stride", "token_stride"])
+def gemm_large(
+    w_desc, s_desc, x_desc, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
+    N, M, stages, whole, split, row_stride, token_stride,
+    BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, GROUP: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
+    REDUCE: gl.constexpr, BULK_STORE: gl.constexpr,
+):  # fmt: skip
+    """out [M, N] = x [M, K] @ weight [N, K]^T, see linear.py for the arguments.
+
+    w_desc int32 [K/128, N, 16] in boxes [2, 64, 16], s_desc int16 [N, K/32] in boxes [64, 8], x_desc [M, K] in the permuted
+    order of hopper.py in boxes [BM, 128 bytes], out_desc in boxes [BM / 8, 64] with BULK_STORE; stages = K / 256. The first
+    `whole` tiles are a unit of work each. With REDUCE the K of each tile behind them is shared by `split` units, which differ
+    by one stage at most, see `add_parts`; no block has more than one of these. partial: fp32 [(tiles - whole) * split * 128 *
+    BM], count: int32 zeros [4 * (tiles - whole)].
+    """
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    X_STAGES: gl.constexpr = 4  # two of each parity
+    READ: gl.constexpr = gl.NVMMASharedLayout(64, 32, 2)
+    words0 = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES, 2, 64, 16], w_desc.layout)
+    words1 = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES, 2, 64, 16], w_desc.layout)
+    scales0 = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES, 64, 8], s_desc.layout)
+    scales1 = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES, 64, 8], s_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, x_desc.block_type.shape[1]], x_desc.layout)
+    w_full0 = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    w_full1 = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WEIGHT_STAGES):
+        mbarrier.init(w_full0.index(i), count=1)
+        mbarrier.init(w_full1.index(i), count=1)
+    for i in gl.static_range(X_STAGES):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_empty.index(i), count=2)
+    if BULK_STORE:
+        staging0 = gl.allocate_shared_memory(DTYPE, [BM // 2, 64], out_desc.layout)
+        staging1 = gl.allocate_shared_memory(DTYPE, [BM // 2, 64], out_desc.layout)
+    else:
+        staging0 = x_ring
+        staging1 = x_ring
+    fence_async_shared()
+    thread_barrier()
+    units = gl.cdiv(N, 128) * gl.cdiv(M, BM)
+    if REDUCE:
+        units = whole + (units - whole) * split
+    gl.warp_specialize(
+        [
+            (_group, (
+                w_desc, s_desc, x_desc, out_desc, words0, reinterpret(words0, gl.int32, [WEIGHT_STAGES * 2, 64, 16], READ),
+                scales0, x_ring, w_full0, x_full, x_empty, staging0,
+                out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
+                N, M, stages, whole, split, row_stride, token_stride, units,
+                0, BM, WEIGHT_STAGES, GROUP, TOKEN, BIAS, REDUCE, BULK_STORE,
+            )),
+            (_group, (
+                w_desc, s_desc, x_desc, out_desc, words1, reinterpret(words1, gl.int32, [WEIGHT_STAGES * 2, 64, 16], READ),
+                scales1, x_ring, w_full1, x_full, x_empty, staging1,
+                out_ptr, fold_ptr, row_ptr, token_ptr, bias_ptr, partial_ptr, count_ptr,
+                N, M, stages, whole, split, row_stride, token_stride, units,
+                1, BM, WEIGHT_STAGES, GROUP, TOKEN, BIAS, REDUCE, BULK_STORE,
+            )),
+        ],
+        [4],
+        [248],
+    )  # fmt: skip

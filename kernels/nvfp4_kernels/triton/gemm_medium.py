@@ -17,16 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_compat import thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
-from .hopper import (
-    decode_part,
-    fold_pairs,
-    join_parts,
-    scaled,
-    share_of,
-    store_bulk,
-    store_direct,
-    store_sum,
-)
+from .hopper import add_parts, decode_part, fold_pairs, share_of, store_tile
 
 
 @gluon.jit
@@ -93,30 +84,22 @@ def _multiply(
                 w_phase ^= 1
         acc = warpgroup_mma_wait(0, deps=[token])
 
-        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, ACC))
-        m = m_tile * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
         whole_tile = True
         if REDUCE:
             whole_tile = unit < whole
         if whole_tile:
-            result = scaled(
-                acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-                out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
+            store_tile(
+                acc, n0, m_tile * BM, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+                token_stride, FP8, TOKEN, BIAS, BULK_STORE,
             )  # fmt: skip
-            if BULK_STORE:
-                store_bulk(result, out_desc, staging, n0, m_tile * BM, BN, BM)
-            else:
-                store_direct(result, out_ptr, n, m, N, M)
         if REDUCE:  # noqa: SIM102
             if not whole_tile:
                 rest = unit - whole
-                tile = rest // split * 2 + HALF
-                if join_parts(acc, partial_ptr, count_ptr, tile, tile * split + rest % split, split, BN, BM, 4):
-                    store_sum(
-                        partial_ptr, tile, split, n0, m_tile * BM, out_desc, staging, out_ptr,
-                        N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-                        BN, BM, 4, FP8, TOKEN, BIAS, BULK_STORE,
-                    )  # fmt: skip
+                add_parts(
+                    acc, partial_ptr, count_ptr, rest // split * 2 + HALF, rest % split, split, n0, m_tile * BM, out_desc,
+                    staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+                    FP8, TOKEN, BIAS, BULK_STORE,
+                )  # fmt: skip
     if BULK_STORE:
         tma_store_wait(0)
 

@@ -263,11 +263,8 @@ def share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP: gl.constexpr, 
 
 
 @gluon.jit
-def scaled(
-    acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-    DTYPE: gl.constexpr, FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
-):  # fmt: skip
-    """The epilogue's arithmetic on fp32 products [n, m]: row scale, token scale, bias; rounded once to DTYPE."""
+def _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE: gl.constexpr, FP8: gl.constexpr):
+    """What the products of features n are multiplied by, for all tokens alike."""
     row = gl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
     if FP8:
         row *= gl.load(fold_ptr + n, mask=n < N, other=0.0)
@@ -275,7 +272,16 @@ def scaled(
         row *= 128.0
     else:
         row *= 256.0
-    result = acc * row[:, None]
+    return row
+
+
+@gluon.jit
+def scaled(
+    acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+    DTYPE: gl.constexpr, FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """The epilogue's arithmetic on fp32 products [n, m]: row scale, token scale, bias; rounded once to DTYPE."""
+    result = acc * _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE, FP8)[:, None]
     if TOKEN:
         result *= gl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)[None, :]
     if BIAS:
@@ -290,22 +296,52 @@ def store_direct(result, out_ptr, n, m, N, M):
 
 
 @gluon.jit
-def store_bulk_half(values, out_desc, staging, n0, m0, BN: gl.constexpr, HALF: gl.constexpr):
-    """Values [BN, HALF] to rows m0.., columns n0.. of out [M, N], transposed through shared memory."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, HALF, 16])
-    tma_store_wait(0)
-    staging.permute((1, 0)).store(gl.convert_layout(values, LAYOUT))
+def store_bulk(result, out_desc, staging, at: gl.constexpr, n0, m0):
+    """Values [features, tokens] to rows m0.., columns n0.. of out [M, N], transposed in rows `at`.. of staging."""
+    BN: gl.constexpr = result.shape[0]
+    TOKENS: gl.constexpr = result.shape[1]
+    ROWS: gl.constexpr = out_desc.block_type.shape[0]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, TOKENS, 16])
+    staging.slice(at, TOKENS, dim=0).permute((1, 0)).store(gl.convert_layout(result, LAYOUT))
     fence_async_shared()
-    tma_store(out_desc, [m0, n0], staging)
+    for i in gl.static_range(TOKENS // ROWS):
+        tma_store(out_desc, [m0 + i * ROWS, n0], staging.slice(at + i * ROWS, ROWS, dim=0))
 
 
 @gluon.jit
-def store_bulk(result, out_desc, staging, n0, m0, BN: gl.constexpr, BM: gl.constexpr):
-    """Values [BN, BM] to rows m0.., columns n0.. of out [M, N], in two halves of BM."""
-    HALF: gl.constexpr = BM // 2
-    first, second = gl.split(gl.permute(gl.reshape(result, [BN, 2, HALF]), [0, 2, 1]))
-    store_bulk_half(first, out_desc, staging, n0, m0, BN, HALF)
-    store_bulk_half(second, out_desc, staging, n0, m0 + HALF, BN, HALF)
+def pieces_of(values, PIECES: gl.constexpr):
+    """[features, tokens] as a tuple of as many tensors, a power of two, of equally many tokens."""
+    BN: gl.constexpr = values.shape[0]
+    BM: gl.constexpr = values.shape[1]
+    pieces = (values,)
+    for level in gl.static_range(PIECES.bit_length() - 1):
+        halved = ()
+        for i in gl.static_range(1 << level):
+            halved = halved + gl.split(gl.permute(gl.reshape(pieces[i], [BN, 2, BM >> (level + 1)]), [0, 2, 1]))  # type: ignore[assignment]
+        pieces = halved  # type: ignore[assignment]
+    return pieces
+
+
+@gluon.jit
+def store_tile(
+    acc, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+    FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr, BULK_STORE: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of a whole tile: its sums [features, tokens] to rows m0.., columns n0.. of out [M, N], half at a time."""
+    ACC: gl.constexpr = acc.type.layout
+    n = n0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
+    m = m0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    result = scaled(
+        acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+        out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
+    )  # fmt: skip
+    if BULK_STORE:
+        halves = pieces_of(result, 2)
+        for i in gl.static_range(2):
+            tma_store_wait(0)
+            store_bulk(halves[i], out_desc, staging, 0, n0, m0 + i * acc.shape[1] // 2)
+    else:
+        store_direct(result, out_ptr, n, m, N, M)
 
 
 @gluon.constexpr_function
@@ -321,27 +357,16 @@ def _part_layout(bm, warps):
 
 
 @gluon.jit
-def _store_part(acc, partial_ptr, unit, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
-    FLAT: gl.constexpr = _part_layout(BM, WARPS)
+def _flat(acc, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
+    """acc [BN, BM] in the order of `_part_layout`."""
     flat = gl.permute(gl.reshape(acc, [WARPS, 2, 8, BM // 8, 4, 2]), [3, 0, 2, 4, 1, 5])
-    flat = gl.convert_layout(gl.reshape(flat, [BN * BM]), FLAT, assert_trivial=True)
-    gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + gl.arange(0, BN * BM, FLAT), flat)
+    return gl.convert_layout(gl.reshape(flat, [BN * BM]), _part_layout(BM, WARPS), assert_trivial=True)
 
 
 @gluon.jit
 def _as_products(flat, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
     values = gl.permute(gl.reshape(flat, [BM // 8, WARPS, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
     return gl.convert_layout(gl.reshape(values, [BN, BM]), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _is_last(count_ptr, tile, split):
-    """Whether all other parts of the tile are stored; its counter is 0 again if so."""
-    thread_barrier()
-    last = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1
-    if last:
-        gl.store(count_ptr + tile, 0)
-    return last
 
 
 @gluon.jit
@@ -353,8 +378,7 @@ def sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, 
     """
     ACC: gl.constexpr = acc.type.layout
     FLAT: gl.constexpr = _part_layout(BM, WARPS)
-    flat = gl.permute(gl.reshape(acc, [WARPS, 2, 8, BM // 8, 4, 2]), [3, 0, 2, 4, 1, 5])
-    flat = gl.convert_layout(gl.reshape(flat, [BN * BM]), FLAT, assert_trivial=True)
+    flat = _flat(acc, BN, BM, WARPS)
     offsets = gl.arange(0, BN * BM, FLAT)
     gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + offsets, flat)
     thread_barrier()
@@ -373,54 +397,73 @@ def sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, 
                 loaded = loaded + (values,)  # type: ignore[assignment]  # noqa: RUF005
             for i in gl.static_range(AT_ONCE):
                 flat += loaded[i]
-    total = gl.permute(gl.reshape(flat, [BM // 8, WARPS, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
-    return last, gl.convert_layout(gl.reshape(total, [BN, BM]), ACC, assert_trivial=True)
+    return last, _as_products(flat, BN, BM, WARPS, ACC)
 
 
 @gluon.jit
-def join_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
-    """The first half of `sum_parts`, for tiles too large to hold beside what is added to them: whether to add up all parts."""
-    _store_part(acc, partial_ptr, unit, BN, BM, WARPS)
-    return _is_last(count_ptr, tile, split)
-
-
-@gluon.jit
-def sum_half(
-    partial_ptr, tile, split, half: gl.constexpr, K: gl.constexpr,
-    BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The sum of all parts of a tile, in their order, in one half of its tokens: [BN, BM / 2]."""
-    HALF: gl.constexpr = BM // 2
-    offsets = half * BN * HALF + gl.arange(0, BN * HALF, _part_layout(HALF, WARPS))
-    part_ptr = partial_ptr + (tile * split).to(gl.int64) * (BN * BM) + offsets
-    flat = gl.load(part_ptr)
-    for _pair in range((split - 1) // 2):  # two at a time: what counts is how much is on its way
-        one = gl.load(part_ptr + BN * BM)
-        two = gl.load(part_ptr + 2 * BN * BM)
-        flat = (flat + one) + two
-        part_ptr += 2 * BN * BM
-    if split % 2 == 0:
-        flat += gl.load(part_ptr + BN * BM)
-    return _as_products(flat, BN, HALF, WARPS, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, K]))
-
-
-@gluon.jit
-def store_sum(
-    partial_ptr, tile, split, n0, m0, out_desc, staging, out_ptr,
+def add_parts(
+    acc, partial_ptr, count_ptr, tile, share, split, n0, m0, out_desc, staging, out_ptr,
     N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-    BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr,
     FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr, BULK_STORE: gl.constexpr,
 ):  # fmt: skip
-    """After `join_parts`: the epilogue of a tile over the sum of its parts, half of its tokens at a time."""
-    for half in gl.static_range(2):
-        total = sum_half(partial_ptr, tile, split, half, 32 if FP8 else 16, BN, BM, WARPS)
-        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, total.type.layout))
-        m = m0 + half * (BM // 2) + gl.arange(0, BM // 2, gl.SliceLayout(0, total.type.layout))
-        result = scaled(
-            total, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-            out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
-        )  # fmt: skip
+    """Split-K for large tiles: acc [BN, BM] is one of `split` parts of a tile's sums; together their blocks write the tile.
+
+    Each block adds up, and writes, an eighth of the tokens or several: its own part is still in registers, the others' come
+    through memory. So the blocks of a tile wait for each other, and all of them have to run at once. partial: fp32 [tiles *
+    split * BN * BM]; count: int32 [2 * tiles], zeros before and afterwards.
+    """
+    BN: gl.constexpr = acc.shape[0]
+    BM: gl.constexpr = acc.shape[1]
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    WARPS: gl.constexpr = BN // 16
+    TOKENS: gl.constexpr = BM // 8
+    AT_ONCE: gl.constexpr = 3  # what counts is how much is on its way
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 32 if FP8 else 16])
+    offsets = gl.arange(0, BN * TOKENS, _part_layout(TOKENS, WARPS))
+    parts_ptr = partial_ptr + (tile * split).to(gl.int64) * (BN * BM) + offsets
+    pieces = pieces_of(acc, 8)
+    for i in gl.static_range(8):
+        if i * split // 8 != share:
+            gl.store(parts_ptr + share * (BN * BM) + i * BN * TOKENS, _flat(pieces[i], BN, TOKENS, WARPS))
+    thread_barrier()
+    stored = gl.atomic_add(count_ptr + 2 * tile, 1, sem="acq_rel") + 1
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
+    row = _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE, FP8)
+    bias = row
+    if BIAS:
+        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+    while stored < split:
+        stored = gl.atomic_add(count_ptr + 2 * tile, 0, sem="acquire")
+    for i in range((share * 8 + split - 1) // split, ((share + 1) * 8 + split - 1) // split):
+        m = m0 + i * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
+        scale = row
+        if TOKEN:
+            scale = gl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)
+        own = pieces[0]
+        for k in gl.static_range(1, 8):
+            own = gl.where(i == k, pieces[k], own)
+        total = _flat(own, BN, TOKENS, WARPS)
+        # In an order that depends on the piece alone.
+        for j in range(0, split - 1, AT_ONCE):
+            loaded = ()
+            for k in gl.static_range(AT_ONCE):
+                part = j + k + (j + k >= share).to(gl.int32)
+                mask = offsets >= (j + k - split + 2) * BN * TOKENS  # all, or none of them
+                values = gl.load(parts_ptr + part * (BN * BM) + i * BN * TOKENS, mask=mask, other=0.0)
+                loaded = loaded + (values,)  # type: ignore[assignment]  # noqa: RUF005
+            for k in gl.static_range(AT_ONCE):
+                total += loaded[k]
+        result = _as_products(total, BN, TOKENS, WARPS, LAYOUT) * row[:, None]
+        if TOKEN:
+            result *= scale[None, :]
+        if BIAS:
+            result += bias[:, None]
         if BULK_STORE:
-            store_bulk_half(result, out_desc, staging, n0, m0 + half * (BM // 2), BN, BM // 2)
+            tma_store_wait(0)
+            store_bulk(result.to(DTYPE), out_desc, staging, 0, n0, m0 + i * TOKENS)
         else:
-            store_direct(result, out_ptr, n, m, N, M)
+            store_direct(result.to(DTYPE), out_ptr, n, m, N, M)
+    # The last block to leave zeros the counters.
+    if gl.atomic_add(count_ptr + 2 * tile + 1, 1, sem="acq_rel") == split - 1:
+        gl.store(count_ptr + 2 * tile, 0)
+        gl.store(count_ptr + 2 * tile + 1, 0)

@@ -45,21 +45,19 @@ _K_STEP = 256
 _SMALL = 6144 * 4096  # weights of a layer whose tiles of 128 tokens are too few for the processors
 
 # Microseconds on an H100, by the GEMM, the tokens of its tile and whether it multiplies e4m3: a step of 256 values of K, a unit
-# of work beside its steps, adding up the parts of a tile, and each part. "large": a fit to 290 times, 5 % off in the mean.
-# "medium": what it saves was seen in one profile in e4m3; in 16 bits it was not timed, and is last for that.
+# of work beside its steps, adding up the parts of a tile, and each part. A fit to 356 times of seven layers, M from 128 to
+# 1024, 7 % off in the mean; what it names first is the fastest of these plans, or up to 4 % slower.
 _COSTS = {
-    ("medium", 128, True): (0.88, 5.0, 5.6, 0.2),
-    ("large", 128, True): (1.08, 5.3, 5.6, 0.2),
-    ("large", 256, True): (1.49, 5.2, 8.7, 0.85),
-    ("large", 128, False): (1.86, 1.8, 4.5, 1.5),
-    ("medium", 128, False): (1.9, 1.9, 4.5, 1.5),
-    ("large", 256, False): (2.96, 1.2, 11.3, 1.3),
+    ("medium", 128, True): (1.03, 1.1, 4.7, 0.75),
+    ("large", 256, True): (1.57, 2.2, 6.1, 1.03),
+    ("medium", 128, False): (1.67, 0.96, 4.3, 1.04),
+    ("large", 256, False): (2.72, 3.0, 3.0, 1.9),
 }
 _PARAMETERS: dict[str, set[str]] = {
     "few": {"warps_k", "warps_n"},
     "decode": {"bm", "warps", "stages", "resident", "split"},
     "medium": {"bm", "weight_stages", "x_stages", "group", "split"},
-    "large": {"bm", "weight_stages", "x_stages", "group", "split"},
+    "large": {"bm", "weight_stages", "group", "split"},
     "widen": set(),
 }
 
@@ -187,10 +185,10 @@ def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan
         for split in range(1, max(most, 1) + 1):
             tail = cdiv(stages, split) * step + unit if rest else 0.0
             sums = add + split * part if split > 1 else 0.0
-            x_stages = 4 if kernel == "large" else 6 if fp8 else 8
-            tile = {"bm": bm, "weight_stages": 3, "x_stages": x_stages, "group": 8, "split": split}
-            # A split that gains next to nothing is left alone: the other kernel holds less in registers.
-            found.append(((us + tail + sums) * (1.0 if split == 1 else 1.03), kernel, tile))
+            tile = {"bm": bm, "weight_stages": 3, "group": 8, "split": split}
+            if kernel == "medium":
+                tile["x_stages"] = 6 if fp8 else 8
+            found.append((us + tail + sums, kernel, tile))
     found.sort(key=lambda one: one[0])
     return [Plan(kernel, tile, "weights decoded in registers beside the products") for _, kernel, tile in found]
 
@@ -290,7 +288,7 @@ def _launch_wgmma(
     bias: torch.Tensor | None,
 ) -> None:
     """Launch "decode", "medium" or "large" on the operand x, K in the permuted order."""
-    from .descriptors import descriptor
+    from .descriptors import chunked, descriptor
 
     m, k = x.shape
     n = data.shape[0]
@@ -300,16 +298,16 @@ def _launch_wgmma(
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
     tiles = cdiv(n, bn) * cdiv(m, bm)
-    words = descriptor(data, (bn, 32 if few else 16), torch.int32)
-    pairs = descriptor(scales, (bn, 8), torch.int16)
     stages, split = k // _K_STEP, options["split"]
     whole = 0
     if not few:
-        # Whole waves of tiles first: those of the last, partial wave alone share their K.
-        whole = tiles // processors * processors if split > 1 else tiles
-        split = min(split, stages) if whole < tiles else 1
+        # Whole waves of tiles first: those of the last, partial wave alone share their K. Their blocks wait for each other, so
+        # none has two units of them.
+        rest = tiles % processors
+        split = max(1, min(split, stages, processors // rest)) if rest else 1
+        whole = tiles - rest if split > 1 else tiles
     shares = (tiles - whole) * split
-    partial, counters = split_k(x.device, shares * bn * bm, 2 * (tiles - whole)) if split > 1 else (None, None)
+    partial, counters = split_k(x.device, shares * bn * bm, 4 * (tiles - whole)) if split > 1 else (None, None)
     if few:
         from .gemm_decode import gemm_decode
         from .hopper import burst_of
@@ -317,8 +315,8 @@ def _launch_wgmma(
         registers = min(255, 65536 // (32 * options["warps"] * options["resident"]) // 8 * 8)
         launch(
             gemm_decode, (min(tiles * split, processors * options["resident"]),),
-            words, pairs, descriptor(x, (bm, _K_STEP)), out,
-            fold, row_scale, token_scale, bias, partial, counters, n, m, stages, split,
+            descriptor(data, (bn, 32), torch.int32), descriptor(scales, (bn, 8), torch.int16), descriptor(x, (bm, _K_STEP)),
+            out, fold, row_scale, token_scale, bias, partial, counters, n, m, stages, split,
             gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
             BM=bm, WARPS=options["warps"], STAGES=options["stages"], BURST=burst_of(options["stages"]),
             TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
@@ -328,18 +326,24 @@ def _launch_wgmma(
     from .gemm_large import gemm_large
     from .gemm_medium import gemm_medium
 
-    medium = chosen.kernel == "medium"
     bulk = n % 8 == 0
-    launch(
-        gemm_medium if medium else gemm_large, (min(processors, whole + shares if split > 1 else tiles),),
-        words, pairs, descriptor(x, (bm, 128 // x.element_size())),
-        descriptor(out, (bm // 2, 64 if medium else bn)) if bulk else None, out,
+    common = (
+        descriptor(x, (bm, 128 // x.element_size())), descriptor(out, (bm // 8, 64)) if bulk else None, out,
         fold, row_scale, token_scale, bias, partial, counters, n, m, stages, whole, split,
         gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
-        BM=bm, WEIGHT_STAGES=options["weight_stages"], X_STAGES=options["x_stages"], GROUP=options["group"],
-        TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1, BULK_STORE=bulk,
-        num_warps=4 if medium else 8, launch_pdl=True,
     )  # fmt: skip
+    constants = {
+        "BM": bm, "WEIGHT_STAGES": options["weight_stages"], "GROUP": options["group"], "TOKEN": token_scale is not None,
+        "BIAS": bias is not None, "REDUCE": split > 1, "BULK_STORE": bulk, "num_warps": 4, "launch_pdl": True,
+    }  # fmt: skip
+    grid = (min(processors, whole + shares if split > 1 else tiles),)
+    if chosen.kernel == "medium":
+        constants["X_STAGES"] = options["x_stages"]
+        words, pairs = descriptor(data, (bn, 16), torch.int32), descriptor(scales, (bn, 8), torch.int16)
+        launch(gemm_medium, grid, words, pairs, *common, **constants)
+    else:
+        words, pairs = chunked(data, (2, bn // 2, 16), torch.int32), descriptor(scales, (bn // 2, 8), torch.int16)
+        launch(gemm_large, grid, words, pairs, *common, **constants)
 
 
 def linear(
