@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_compat import reinterpret, thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
-from .hopper import add_parts, decode_part, fold_pairs, share_of, store_tile
+from .hopper import GROUP_PAIRS, GROUP_WORDS, add_parts, decode_part, fold_pairs, share_of, store_tile
 
 
 @gluon.jit
@@ -39,45 +39,51 @@ def _load_x(x_desc, x_ring, full, m0, k, slot, pred):
 
 
 @gluon.jit
+def _operand(words, scales, slot, chunk: gl.constexpr):
+    """A group's words [64, 16] and scale pairs [64, 4] of 128 values of K."""
+    return words.index(slot * 2 + chunk).load(GROUP_WORDS), scales.index(slot).slice(4 * chunk, 4, dim=1).load(GROUP_PAIRS)
+
+
+@gluon.jit
 def _stage(
-    token, fold, words, scales, x_desc, x_ring, x_full, x_empty, w_slot, pair, x_phase, own_pair, own_phase,
-    m0, x_k, next_m0, next_x_k, next_live, more,
+    token, w, s, fold, words, scales, w_full, x_desc, x_ring, x_full, x_empty, w_slot, next_w_slot, next_w_phase,
+    pair, x_phase, own_pair, own_phase, m0, x_k, next_m0, next_x_k, next_live, begun, last,
     HALF: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
     """The products of a weight stage; meanwhile the group copies the x stages of its parity, two further.
 
-    more: the tile's sums have begun before.
+    w, s: the words and scale pairs of its first half. begun: this is not the tile's first stage; last: it is the last.
     """
     BN: gl.constexpr = 64
     FP8: gl.constexpr = x_ring.dtype == gl.float8e4nv
     FP16: gl.constexpr = x_ring.dtype == gl.float16
     PARTS: gl.constexpr = 1 if FP8 else 2  # x stages of a chunk of 128 values of K
-    WARPS: gl.constexpr = [[16, 0], [32, 0]]
-    WORDS: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 16]
-    )
-    PAIRS: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 4])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
     for chunk in gl.static_range(2):
-        w = words.index(w_slot * 2 + chunk).load(WORDS)
-        s = scales.index(w_slot).slice(4 * chunk, 4, dim=1).load(PAIRS)
         for part in gl.static_range(PARTS):
             a = decode_part(w, s, fold, part, BN, OPERAND, FP8, FP16)
             if (chunk * PARTS + part) % 2 == 0:
                 slot = 2 * pair
-                last = 2 * (pair ^ 1) + 1
+                left = 2 * (pair ^ 1) + 1
             else:
                 slot = 2 * pair + 1
-                last = 2 * pair
+                left = 2 * pair
             mbarrier.wait(x_full.index(slot), x_phase)
             token = warpgroup_mma(a, x_ring.index(slot).permute((1, 0)), token, is_async=True)
+            # The next words are on their way from shared memory while the group waits.
+            if part == PARTS - 1:
+                if chunk == 0:
+                    w, s = _operand(words, scales, w_slot, 1)
+                else:
+                    mbarrier.wait(w_full.index(next_w_slot), next_w_phase, pred=not last)
+                    w, s = _operand(words, scales, next_w_slot, 0)
             token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
             # The products before these are done, in every warp once past the barrier.
             thread_barrier()
             if chunk * PARTS + part == 0:
-                mbarrier.arrive(x_empty.index(last), count=1, pred=more)
+                mbarrier.arrive(x_empty.index(left), count=1, pred=begun)
             else:
-                mbarrier.arrive(x_empty.index(last), count=1)
+                mbarrier.arrive(x_empty.index(left), count=1)
             if (chunk * PARTS + part) % 2 == HALF:
                 free = 2 * own_pair + HALF
                 mbarrier.wait(x_empty.index(free), own_phase)
@@ -92,7 +98,7 @@ def _stage(
                 pair ^= 1
                 if pair == 0:
                     x_phase ^= 1
-    return token, pair, x_phase, own_pair, own_phase
+    return token, w, s, pair, x_phase, own_pair, own_phase
 
 
 @gluon.jit
@@ -107,9 +113,6 @@ def _group(
     BN: gl.constexpr = 64
     FP8: gl.constexpr = x_ring.dtype == gl.float8e4nv
     PER_WEIGHT_STAGE: gl.constexpr = 2 if FP8 else 4
-    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BN, 4]
-    )
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32 if FP8 else 16])
 
     n_tiles = gl.cdiv(N, 2 * BN)
@@ -144,8 +147,10 @@ def _group(
         m0 = m_tile * BM
         fold = None
         if FP8:
-            fold = fold_pairs(fold_ptr, n0, N, BN, PAIRS)
+            fold = fold_pairs(fold_ptr, n0, N, BN, GROUP_PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
+        mbarrier.wait(w_full.index(w_slot), w_phase)
+        w, s = _operand(read_words, scales, w_slot, 0)
         for step in range(count):
             next_x_k = x_k + PER_WEIGHT_STAGE
             x_left -= 1
@@ -154,10 +159,15 @@ def _group(
                 _, x_tile, next_x_k, x_left = share_of(x_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
                 next_m0 = x_tile * BM
                 next_x_k = next_x_k * PER_WEIGHT_STAGE + HALF
-            mbarrier.wait(w_full.index(w_slot), w_phase)
-            token, pair, x_phase, own_pair, own_phase = _stage(
-                token, fold, read_words, scales, x_desc, x_ring, x_full, x_empty, w_slot, pair, x_phase, own_pair, own_phase,
-                m0, x_k, next_m0, next_x_k, x_unit < units, step > 0, HALF, ACC,
+            next_w_slot = w_slot + 1
+            next_w_phase = w_phase
+            if next_w_slot == WEIGHT_STAGES:
+                next_w_slot = 0
+                next_w_phase ^= 1
+            token, w, s, pair, x_phase, own_pair, own_phase = _stage(
+                token, w, s, fold, read_words, scales, w_full, x_desc, x_ring, x_full, x_empty, w_slot, next_w_slot, next_w_phase,
+                pair, x_phase, own_pair, own_phase, m0, x_k, next_m0, next_x_k, x_unit < units, step > 0, step == count - 1,
+                HALF, ACC,
             )  # fmt: skip
             x_k = next_x_k
             # All four warps have read this stage's weights: before the last barrier.
@@ -167,10 +177,8 @@ def _group(
             if w_left == 0:
                 w_unit += stride
                 w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
-            w_slot += 1
-            if w_slot == WEIGHT_STAGES:
-                w_slot = 0
-                w_phase ^= 1
+            w_slot = next_w_slot
+            w_phase = next_w_phase
         acc = warpgroup_mma_wait(0, deps=[token])
         thread_barrier()
         mbarrier.arrive(x_empty.index(2 * (pair ^ 1) + 1), count=1)

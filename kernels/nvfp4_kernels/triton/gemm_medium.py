@@ -17,7 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_compat import thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
-from .hopper import add_parts, decode_part, fold_pairs, share_of, store_tile
+from .hopper import GROUP_PAIRS, GROUP_WORDS, add_parts, decode_part, fold_pairs, share_of, store_tile
+
+
+@gluon.jit
+def _operand(words, scales, slot, chunk: gl.constexpr, HALF: gl.constexpr):
+    """A group's words [64, 16] and scale pairs [64, 4] of 128 values of K."""
+    w = words.index(slot * 2 + chunk).slice(HALF * 64, 64, dim=0).load(GROUP_WORDS)
+    s = scales.index(slot).slice(HALF * 64, 64, dim=0).slice(4 * chunk, 4, dim=1).load(GROUP_PAIRS)
+    return w, s
 
 
 @gluon.jit
@@ -33,11 +41,6 @@ def _multiply(
     FP8: gl.constexpr = x_ring.dtype == gl.float8e4nv
     FP16: gl.constexpr = x_ring.dtype == gl.float16
     PER_WEIGHT_STAGE: gl.constexpr = 2 if FP8 else 4
-    WARPS: gl.constexpr = [[16, 0], [32, 0]]
-    WORDS: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 16]
-    )
-    PAIRS: gl.constexpr = gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], WARPS, [], [BN, 4])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32 if FP8 else 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if FP8 else 2)
 
@@ -55,17 +58,28 @@ def _multiply(
         n0 = n_tile * 2 * BN + HALF * BN
         fold = None
         if FP8:
-            fold = fold_pairs(fold_ptr, n0, N, BN, PAIRS)
+            fold = fold_pairs(fold_ptr, n0, N, BN, GROUP_PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        for _stage in range(count):
-            mbarrier.wait(w_full.index(w_slot), w_phase)
+        mbarrier.wait(w_full.index(w_slot), w_phase)
+        w, s = _operand(words, scales, w_slot, 0, HALF)
+        for stage in range(count):
+            next_slot = w_slot + 1
+            next_phase = w_phase
+            if next_slot == WEIGHT_STAGES:
+                next_slot = 0
+                next_phase = w_phase ^ 1
             for chunk in gl.static_range(2):
-                w = words.index(w_slot * 2 + chunk).slice(HALF * BN, BN, dim=0).load(WORDS)
-                s = scales.index(w_slot).slice(HALF * BN, BN, dim=0).slice(4 * chunk, 4, dim=1).load(PAIRS)
                 for half in gl.static_range(PER_WEIGHT_STAGE // 2):
                     a = decode_part(w, s, fold, half, BN, OPERAND, FP8, FP16)
                     mbarrier.wait(x_full.index(x_slot), x_phase)
                     token = warpgroup_mma(a, x_ring.index(x_slot).permute((1, 0)), token, is_async=True)
+                    # The next words are on their way from shared memory while this group waits.
+                    if half == PER_WEIGHT_STAGE // 2 - 1:
+                        if chunk == 0:
+                            w, s = _operand(words, scales, w_slot, 1, HALF)
+                        else:
+                            mbarrier.wait(w_full.index(next_slot), next_phase, pred=stage < count - 1)
+                            w, s = _operand(words, scales, next_slot, 0, HALF)
                     token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
                     # The products before these are done, in every warp once past the barrier.
                     thread_barrier()
@@ -78,10 +92,8 @@ def _multiply(
                     if x_slot == X_STAGES:
                         x_slot = 0
                         x_phase ^= 1
-            w_slot += 1
-            if w_slot == WEIGHT_STAGES:
-                w_slot = 0
-                w_phase ^= 1
+            w_slot = next_slot
+            w_phase = next_phase
         acc = warpgroup_mma_wait(0, deps=[token])
 
         whole_tile = True

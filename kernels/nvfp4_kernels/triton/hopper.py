@@ -116,6 +116,17 @@ def burst_of(stages: int) -> int:
     return 4 if stages == 8 else 2 if stages in (4, 6) else 1
 
 
+# Packed weights [64, 16 words] and scale pairs [64, 4] of 128 values of K as the operand threads of four warps hold them.
+GROUP_WORDS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 16]
+    )
+)
+GROUP_PAIRS = gl.constexpr(
+    gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+)
+
+
 @gluon.jit
 def _eight(x):
     y = gl.join(x, x)
