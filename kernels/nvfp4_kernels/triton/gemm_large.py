@@ -165,9 +165,9 @@ def _group(
                 next_w_slot = 0
                 next_w_phase ^= 1
             token, w, s, pair, x_phase, own_pair, own_phase = _stage(
-                token, w, s, fold, read_words, scales, w_full, x_desc, x_ring, x_full, x_empty, w_slot, next_w_slot, next_w_phase,
-                pair, x_phase, own_pair, own_phase, m0, x_k, next_m0, next_x_k, x_unit < units, step > 0, step == count - 1,
-                HALF, ACC,
+                token, w, s, fold, read_words, scales, w_full, x_desc, x_ring, x_full, x_empty, w_slot, next_w_slot,
+                next_w_phase, pair, x_phase, own_pair, own_phase, m0, x_k, next_m0, next_x_k, x_unit < units, step > 0,
+                step == count - 1, HALF, ACC,
             )  # fmt: skip
             x_k = next_x_k
             # All four warps have read this stage's weights: before the last barrier.
