@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Call = Callable[[], object]
 Row = Mapping[str, Any]  # an entry of a document's "measurements"
 RATES = ("GB/s", "TFLOP/s")
+_WARM_UP = 0.1  # seconds
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a plot to this PNG file.", dir_okay=False)]
@@ -194,8 +195,11 @@ def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Tim
         except RuntimeError:
             torch.cuda.synchronize()
             replay, timer = cycle, "cuda events"
-        replay()
-        torch.cuda.synchronize()
+        # A card that has waited for its host runs at low clocks at first.
+        until = time.monotonic() + _WARM_UP
+        while time.monotonic() < until:
+            replay()
+            torch.cuda.synchronize()
         milliseconds = []
         for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

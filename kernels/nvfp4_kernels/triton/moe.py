@@ -23,7 +23,9 @@ def _block_m(slots: int, experts: int, hidden: int, inner: int, hopper: bool) ->
     mean = slots / experts
     if hopper and mean <= (4 if experts > 16 else 2):
         return 8
-    if hopper and mean >= 192 and min(hidden, inner) >= 4096:
+    # The shorter K is, the more of a large tile's time its epilogue takes, which only many full tiles make up for.
+    shortest = min(hidden, inner)
+    if hopper and shortest >= 512 and mean >= (192 if shortest >= 4096 else 256 if shortest >= 1024 else 512):
         return 256
     return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 48 else 128
 

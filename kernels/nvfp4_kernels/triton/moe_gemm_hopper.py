@@ -99,6 +99,7 @@ def grouped_gemm(
     warps, weight_stages, x_stages, resident = tiling(block_m, fp8, 2 * half_k)
     short = is_short(block_m, fp8, 2 * half_k)
     few = block_m <= _DECODE_ROWS
+    long = block_m == _LONG_ROWS  # where each half of the warps has boxes of its own
     columns = 8 * warps if gated_act else 16 * warps
     width = n // 2 if gated_act else n
     out_width = whole_stages(width) if operand_order else width
@@ -107,7 +108,7 @@ def grouped_gemm(
     units = len(routing.tile_to_expert) * n_tiles
     parts = 2 if gated_act else 1
     shape = (experts * parts, n // parts)
-    box = (parts, 16 * warps // parts)
+    box = (parts, (8 if long else 16) * warps // parts)
     operands = (
         descriptor(weights.data, (*box, 32 if few or short else 16), torch.int32, (*shape, half_k // 4)),
         descriptor(weights.scales, (*box, 8), torch.int16, (*shape, half_k // 16)),
@@ -129,13 +130,14 @@ def grouped_gemm(
     )
     options = {
         "BM": block_m,
-        "WARPS": warps,
         "ACT": 2 if gated_act else 0 if act_fn is None else 1,
         "ACT_FN": act_fn or "",
         "OPERAND_ORDER": operand_order,
         "num_warps": warps,
         "launch_pdl": True,
     }
+    if not long:
+        options["WARPS"] = warps
     by_word = fp8 and not few and block_m < _LONG_ROWS and stages >= (16 if block_m == 64 else 8)
     if by_word or short or block_m == 128:
         options["maxnreg"] = max_registers(warps, resident)
@@ -167,12 +169,15 @@ def grouped_gemm(
             STAGES=weight_stages, BURST=burst_of(weight_stages) if stages >= 4 else 1,
             REDUCE=partial is not None, MIN_STAGES=_MIN_STAGES, **options,
         )  # fmt: skip
-    else:
-        long = block_m == _LONG_ROWS
-        kernel = grouped_gemm_long_kernel if long else grouped_gemm_kernel
+    elif long:
+        options["num_warps"] = warps // 2  # which start the others
         launch(
-            kernel, (min(units, processors) if long else units,),
-            *operands, *maps, stages, n_tiles, *(() if long else (x if gather else None,)), *strides,
-            WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, **({} if long else {"BY_WORD": by_word}), **options,
+            grouped_gemm_long_kernel, (min(units, processors),), *operands, *maps, stages, n_tiles, *strides,
+            WEIGHT_STAGES=weight_stages, GROUP=8, **options,
+        )  # fmt: skip
+    else:
+        launch(
+            grouped_gemm_kernel, (units,), *operands, *maps, stages, n_tiles, x if gather else None, *strides,
+            WEIGHT_STAGES=weight_stages, X_STAGES=x_stages, GROUP=8, BY_WORD=by_word, **options,
         )  # fmt: skip
     return out
