@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -324,8 +325,22 @@ def test_run_prints_times_reasons_and_a_plot(tmp_path, capsys):
     assert again.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_is_stopped_prints_what_it_has(capsys):
+@pytest.fixture
+def termination():
+    """Whatever a command makes of SIGTERM and SIGHUP is undone."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("termination")
+@pytest.mark.parametrize("again", [1e-5, 1e-3, 3e-2])
+def test_a_run_that_is_stopped_prints_what_it_has(capsys, again):
+    """`timeout` sends its signal twice, the second time to the whole process group."""
+
     def stop():
+        threading.Timer(again, os.kill, (os.getpid(), signal.SIGTERM)).start()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
@@ -336,6 +351,7 @@ def test_a_run_that_is_stopped_prints_what_it_has(capsys):
     captured = capsys.readouterr()
     assert [row["M"] for row in json.loads(captured.out)["measurements"]] == [1]
     assert "stopped after 1 of 3 cases" in captured.err
+    time.sleep(again)
 
 
 def test_a_file_that_is_no_run_is_refused(tmp_path):

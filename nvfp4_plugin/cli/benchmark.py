@@ -192,7 +192,9 @@ def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Tim
             with torch.cuda.graph(graph):
                 cycle()
             replay, timer = graph.replay, "cuda graph"
-        except RuntimeError:
+        except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # what ends the capture may fail over it
+                raise error.__context__ from None
             torch.cuda.synchronize()
             replay, timer = cycle, "cuda events"
         # A card that has waited for its host runs at low clocks at first.

@@ -17,12 +17,17 @@ STOP_SECONDS = 8.0
 
 
 def interrupt_on_termination() -> None:
-    """Let `kill` and a closed terminal end this program as Ctrl-C does, so that it stops its children."""
+    """Let `kill` and a closed terminal end this program as Ctrl-C does, so that it stops its children.
+
+    Once each: `timeout` sends its signal to the program and then to the whole group, and the second would end what the first
+    has begun.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

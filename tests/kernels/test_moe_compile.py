@@ -33,7 +33,7 @@ def of(compiled: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def test_no_local_memory(compiled):
     for one in compiled:
         assert one["LOCAL"] == 0
-        # Triton 3.9 puts one value there, or two, ten for a short K; products of 128 rows by words what only their epilogue needs.
+        # Triton 3.9 puts a value or two there, ten for a short K; products of 128 rows by words what only their epilogue needs.
         assert one["STACK"] <= (192 if one.get("by_word") else 40 if "short" in one["name"] else 16), (one["name"], one["arch"])
 
 
