@@ -18,7 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_compat import reinterpret, thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
-from .hopper import GROUP_PAIRS, GROUP_WORDS, add_parts, decode_part, fold_pairs, share_of, store_tile
+from .hopper import (
+    GROUP_PAIRS,
+    GROUP_WORDS,
+    add_parts,
+    decode_part,
+    fold_pairs,
+    load_x,
+    retire_products,
+    share_of,
+    store_tile,
+)
 
 
 @gluon.jit
@@ -28,14 +38,6 @@ def _load_weights(w_desc, s_desc, words, scales, full, n0, k, slot, pred):
     mbarrier.expect(bar, w_desc.block_type.nbytes + s_desc.block_type.nbytes, pred=pred)
     tma_load(w_desc, [k * 2, n0, 0], bar, words.index(slot), pred=pred)
     tma_load(s_desc, [n0, k * 8], bar, scales.index(slot), pred=pred)
-
-
-@gluon.jit
-def _load_x(x_desc, x_ring, full, m0, k, slot, pred):
-    """x stage k (128 bytes of a row) of tokens m0.. into `slot`."""
-    bar = full.index(slot)
-    mbarrier.expect(bar, x_desc.block_type.nbytes, pred=pred)
-    tma_load(x_desc, [m0, k * x_desc.block_type.shape[1]], bar, x_ring.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -62,12 +64,7 @@ def _stage(
     for chunk in gl.static_range(2):
         for part in gl.static_range(PARTS):
             a = decode_part(w, s, fold, part, BN, OPERAND, FP8, FP16)
-            if (chunk * PARTS + part) % 2 == 0:
-                slot = 2 * pair
-                left = 2 * (pair ^ 1) + 1
-            else:
-                slot = 2 * pair + 1
-                left = 2 * pair
+            slot = 2 * pair + (chunk * PARTS + part) % 2
             mbarrier.wait(x_full.index(slot), x_phase)
             token = warpgroup_mma(a, x_ring.index(slot).permute((1, 0)), token, is_async=True)
             # The next words are on their way from shared memory while the group waits.
@@ -77,27 +74,10 @@ def _stage(
                 else:
                     mbarrier.wait(w_full.index(next_w_slot), next_w_phase, pred=not last)
                     w, s = _operand(words, scales, next_w_slot, 0)
-            token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-            # The products before these are done, in every warp once past the barrier.
-            thread_barrier()
-            if chunk * PARTS + part == 0:
-                mbarrier.arrive(x_empty.index(left), count=1, pred=begun)
-            else:
-                mbarrier.arrive(x_empty.index(left), count=1)
-            if (chunk * PARTS + part) % 2 == HALF:
-                free = 2 * own_pair + HALF
-                mbarrier.wait(x_empty.index(free), own_phase)
-                if chunk * PARTS + part + 2 < 2 * PARTS:
-                    _load_x(x_desc, x_ring, x_full, m0, x_k + 2, free, True)
-                else:
-                    _load_x(x_desc, x_ring, x_full, next_m0, next_x_k, free, next_live)
-                own_pair ^= 1
-                if own_pair == 0:
-                    own_phase ^= 1
-            if (chunk * PARTS + part) % 2 == 1:
-                pair ^= 1
-                if pair == 0:
-                    x_phase ^= 1
+            token, pair, x_phase, own_pair, own_phase = retire_products(
+                token, x_desc, x_ring, x_full, x_empty, pair, x_phase, own_pair, own_phase, m0, x_k, next_m0, next_x_k,
+                next_live, begun, chunk * PARTS + part, 2 * PARTS, HALF,
+            )  # fmt: skip
     return token, w, s, pair, x_phase, own_pair, own_phase
 
 
@@ -134,7 +114,7 @@ def _group(
             w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
     # The first weights are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
-    _load_x(x_desc, x_ring, x_full, next_m0, x_k, HALF, True)
+    load_x(x_desc, x_ring, x_full, next_m0, x_k, HALF, True)
     own_pair = 1
     own_phase = 1  # the first time around, slots are free
     w_slot = 0

@@ -21,9 +21,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
-from .gluon_compat import thread_barrier, tma_store, tma_store_wait
+from .gluon_compat import thread_barrier, tma_load, tma_store, tma_store_wait
 
 # Two e4m3 scales to the 16-bit pairs that a word's products take. The f16 step keeps NaN scales NaN.
 _SCALES_BF16 = gl.constexpr("""
@@ -353,6 +358,51 @@ def store_tile(
             store_bulk(halves[i], out_desc, staging, 0, n0, m0 + i * acc.shape[1] // 2)
     else:
         store_direct(result, out_ptr, n, m, N, M)
+
+
+@gluon.jit
+def load_x(x_desc, x_ring, full, row, k, slot, pred):
+    """x stage k (128 bytes of a row) of rows `row`.. into `slot`."""
+    bar = full.index(slot)
+    mbarrier.expect(bar, x_desc.block_type.nbytes, pred=pred)
+    tma_load(x_desc, [row, k * x_desc.block_type.shape[1]], bar, x_ring.index(slot), pred=pred)
+
+
+@gluon.jit
+def retire_products(
+    token, x_desc, x_ring, x_full, x_empty, pair, x_phase, own_pair, own_phase, row, x_k, next_row, next_x_k, next_live, begun,
+    INDEX: gl.constexpr, COUNT: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """What follows the products of an x stage where two groups of warps share a ring of two pairs of x stages.
+
+    Waits for the products before them, which end with their x stage: both groups leave it. The group of parity HALF copies the
+    stages of its parity, two further. INDEX of COUNT: the stage within its weight stage, whose first stage of this parity is
+    x_k of rows row..; the next weight stage's is next_x_k of next_row... begun: some stage of the tile came before. Returns
+    the sums and the places in the ring.
+    """
+    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+    # The products before these are done, in every warp once past the barrier.
+    thread_barrier()
+    left = 2 * (pair ^ 1) + 1 if INDEX % 2 == 0 else 2 * pair
+    if INDEX == 0:
+        mbarrier.arrive(x_empty.index(left), count=1, pred=begun)
+    else:
+        mbarrier.arrive(x_empty.index(left), count=1)
+    if INDEX % 2 == HALF:
+        free = 2 * own_pair + HALF
+        mbarrier.wait(x_empty.index(free), own_phase)
+        if INDEX + 2 < COUNT:
+            load_x(x_desc, x_ring, x_full, row, x_k + 2, free, True)
+        else:
+            load_x(x_desc, x_ring, x_full, next_row, next_x_k, free, next_live)
+        own_pair ^= 1
+        if own_pair == 0:
+            own_phase ^= 1
+    if INDEX % 2 == 1:
+        pair ^= 1
+        if pair == 0:
+            x_phase ^= 1
+    return token, pair, x_phase, own_pair, own_phase
 
 
 @gluon.constexpr_function

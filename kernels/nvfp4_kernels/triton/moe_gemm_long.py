@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .gluon_compat import thread_barrier, tma_load
-from .hopper import decode_part, pieces_of, tile_of
+from .gluon_compat import thread_barrier
+from .hopper import decode_part, load_x, pieces_of, retire_products, tile_of
 from .moe_hopper import (
     finish,
     fold_pairs,
@@ -42,14 +42,6 @@ def _tile(unit, tile_to_expert, offsets, n_tiles, last_tile, BM: gl.constexpr, G
     m_tiles = gl.load(offsets + expert + 1) // BM - first_tile
     n_tile, m_tile = tile_of(unit - first_tile * n_tiles, n_tiles, m_tiles, GROUP)
     return expert, n_tile, (first_tile + m_tile) * BM
-
-
-@gluon.jit
-def _load_x(x_desc, x_ring, full, row, k, slot, pred):
-    """x stage k (128 bytes of a row) of rows `row`.. into `slot`."""
-    bar = full.index(slot)
-    mbarrier.expect(bar, x_desc.block_type.nbytes, pred=pred)
-    tma_load(x_desc, [row, k * x_desc.block_type.shape[1]], bar, x_ring.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -94,7 +86,7 @@ def _group(
     gdc_wait()
     gdc_launch_dependents()
     x_k = 0  # in weight stages
-    _load_x(x_desc, x_ring, x_full, next_m0, HALF, HALF, x_unit < units)
+    load_x(x_desc, x_ring, x_full, next_m0, HALF, HALF, x_unit < units)
     own_pair = 1
     own_phase = 1  # the first time around, slots are free
     w_slot = 0
@@ -121,35 +113,14 @@ def _group(
                 s = scales_of_slot(read_scales, w_slot, chunk, WARPS)
                 for part in gl.static_range(PARTS):
                     a = decode_part(w, s, fold, part, BN, OPERAND, FP8, FP16)
-                    if (chunk * PARTS + part) % 2 == 0:
-                        slot = 2 * pair
-                        left = 2 * (pair ^ 1) + 1
-                    else:
-                        slot = 2 * pair + 1
-                        left = 2 * pair
+                    slot = 2 * pair + (chunk * PARTS + part) % 2
                     mbarrier.wait(x_full.index(slot), x_phase)
                     token = warpgroup_mma(a, x_ring.index(slot).permute((1, 0)), token, is_async=True)
-                    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-                    # The products before these are done, in every warp once past the barrier.
-                    thread_barrier()
-                    if chunk * PARTS + part == 0:
-                        mbarrier.arrive(x_empty.index(left), count=1, pred=stage > 0)
-                    else:
-                        mbarrier.arrive(x_empty.index(left), count=1)
-                    if (chunk * PARTS + part) % 2 == HALF:
-                        free = 2 * own_pair + HALF
-                        mbarrier.wait(x_empty.index(free), own_phase)
-                        if chunk * PARTS + part + 2 < PER_STAGE:
-                            _load_x(x_desc, x_ring, x_full, m0, stage * PER_STAGE + HALF + 2, free, True)
-                        else:
-                            _load_x(x_desc, x_ring, x_full, next_m0, x_k * PER_STAGE + HALF, free, x_unit < units)
-                        own_pair ^= 1
-                        if own_pair == 0:
-                            own_phase ^= 1
-                    if (chunk * PARTS + part) % 2 == 1:
-                        pair ^= 1
-                        if pair == 0:
-                            x_phase ^= 1
+                    token, pair, x_phase, own_pair, own_phase = retire_products(
+                        token, x_desc, x_ring, x_full, x_empty, pair, x_phase, own_pair, own_phase, m0,
+                        stage * PER_STAGE + HALF, next_m0, x_k * PER_STAGE + HALF, x_unit < units, stage > 0,
+                        chunk * PARTS + part, PER_STAGE, HALF,
+                    )  # fmt: skip
             # All four warps have read this stage's weights: before the last barrier.
             load_weights(w_desc, s_desc, words, scales, w_full.index(w_slot), w_expert, w_column, w_k, w_slot, w_unit < units)
             w_slot += 1
