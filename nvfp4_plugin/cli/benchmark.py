@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 Call = Callable[[], object]
 Row = Mapping[str, Any]  # an entry of a document's "measurements"
 RATES = ("GB/s", "TFLOP/s")
-_WARM_UP = 0.1  # seconds
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a plot to this PNG file.", dir_okay=False)]
@@ -168,6 +167,22 @@ def time_calls(calls: Sequence[Call], device: torch.device, repeats: int = 30) -
     return Timing(statistics.median(seconds), "perf_counter")
 
 
+_busy_until: dict[torch.device, float] = {}
+
+
+def _warm_up(replay: Call, device: torch.device) -> None:
+    """A card that has waited for its host runs at low clocks at first: work for a tenth of a second, if it waited at all."""
+    import torch
+
+    start = time.monotonic()
+    replay()
+    torch.cuda.synchronize(device)
+    if start - _busy_until.get(device, 0.0) > 0.1:
+        while time.monotonic() - start < 0.1:
+            replay()
+            torch.cuda.synchronize(device)
+
+
 def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Timing:
     import torch
 
@@ -197,11 +212,7 @@ def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Tim
                 raise error.__context__ from None
             torch.cuda.synchronize()
             replay, timer = cycle, "cuda events"
-        # A card that has waited for its host runs at low clocks at first.
-        until = time.monotonic() + _WARM_UP
-        while time.monotonic() < until:
-            replay()
-            torch.cuda.synchronize()
+        _warm_up(replay, device)
         milliseconds = []
         for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -210,6 +221,7 @@ def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Tim
             end.record()
             end.synchronize()
             milliseconds.append(start.elapsed_time(end))
+        _busy_until[device] = time.monotonic()
     return Timing(statistics.median(milliseconds) * 1e-3 / (cycles * len(calls)), timer)
 
 
