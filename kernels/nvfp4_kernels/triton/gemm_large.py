@@ -196,7 +196,7 @@ def gemm_large(
     order of hopper.py in boxes [BM, 128 bytes], out_desc in boxes [BM / 8, 64] with BULK_STORE; stages = K / 256. The first
     `whole` tiles are a unit of work each. With REDUCE the K of each tile behind them is shared by `split` units, which differ
     by one stage at most, see `add_parts`; no block has more than one of these. partial: fp32 [(tiles - whole) * split * 128 *
-    BM], count: int32 zeros [4 * (tiles - whole)].
+    BM], count: int32 zeros [4 * (tiles - whole)]. Launched with four warps; four more are started here.
     """
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     X_STAGES: gl.constexpr = 4  # two of each parity

@@ -192,8 +192,8 @@ def gemm_medium(
     BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, X_STAGES: gl.constexpr, GROUP: gl.constexpr,
     TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr, BULK_STORE: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = x [M, K] @ weight [N, K]^T: arguments as of gemm_large, but out_desc in boxes [BM / 2, 64] and two counters
-    a tile. Launched with four warps; eight more are started here."""
+    """out [M, N] = x [M, K] @ weight [N, K]^T: arguments as of gemm_large, but w_desc int32 [N, K/8] in boxes [128, 16] and
+    s_desc in boxes [128, 8]. Launched with four warps; eight more are started here."""
     words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES * 2, 128, 16], w_desc.layout)
     scales = gl.allocate_shared_memory(gl.int16, [WEIGHT_STAGES, 128, 8], s_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, x_desc.block_type.shape[1]], x_desc.layout)

@@ -470,8 +470,9 @@ def add_parts(
     """Split-K for large tiles: acc [BN, BM] is one of `split` parts of a tile's sums; together their blocks write the tile.
 
     Each block adds up, and writes, an eighth of the tokens or several: its own part is still in registers, the others' come
-    through memory. So the blocks of a tile wait for each other, and all of them have to run at once. partial: fp32 [tiles *
-    split * BN * BM]; count: int32 [2 * tiles], zeros before and afterwards.
+    through memory. So the blocks of a tile wait for each other. They are neighbours, and blocks start in order: wherever there
+    is room for `split` of them, beside whatever else runs, all tiles come to an end. partial: fp32 [tiles * split * BN * BM];
+    count: int32 [2 * tiles], zeros before and afterwards.
     """
     BN: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]

@@ -307,7 +307,8 @@ def _launch_wgmma(
         split = max(1, min(split, stages, processors // rest)) if rest else 1
         whole = tiles - rest if split > 1 else tiles
     shares = (tiles - whole) * split
-    partial, counters = split_k(x.device, shares * bn * bm, 4 * (tiles - whole)) if split > 1 else (None, None)
+    count = (1 if few else 4) * (tiles - whole)  # of the large tiles, two for each half of the features
+    partial, counters = split_k(x.device, shares * bn * bm, count) if split > 1 else (None, None)
     if few:
         from .gemm_decode import gemm_decode
         from .hopper import burst_of
