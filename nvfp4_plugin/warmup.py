@@ -12,8 +12,9 @@ import torch
 
 logger = logging.getLogger("nvfp4_plugin")
 
-# What runs with more rows, runs with these.
+# What runs with more rows, runs with these. Between them, kernels differ with the tiles, of 128 rows and more.
 _LINEAR_ROWS = [1 << i for i in range(13)]
+_TILED_ROWS = range(128, _LINEAR_ROWS[-1], 128)
 _MOE_ROWS = [1 << i for i in range(15)]
 _done: set[tuple[Hashable, ...]] = set()
 
@@ -65,9 +66,12 @@ def warm_up_linear(
     def run(rows: int) -> object:
         return call(torch.zeros(rows, k, dtype=dtype, device=device))
 
-    if _warm_up(what, device, _LINEAR_ROWS, run, dtype, *variant):
-        from nvfp4_kernels.dispatch import explain_linear
+    if device.type != "cuda":
+        return
+    from nvfp4_kernels.dispatch import explain_linear, rows_to_compile
 
+    rows = {*_LINEAR_ROWS, *rows_to_compile(device, activation, n, k, dtype, (*_LINEAR_ROWS, *_TILED_ROWS))}
+    if _warm_up(what, device, sorted(rows), run, dtype, *variant):
         logger.info("nvfp4: %s: rows %s", what, explain_linear(device, activation, n, k, dtype, _LINEAR_ROWS))
 
 

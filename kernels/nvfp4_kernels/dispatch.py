@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -168,6 +168,18 @@ def explain(device: torch.device | str) -> list[Choice]:
                 reason = f"auto is {resolve_activation('auto', device, 1, 4096, 4096)!r} here; {reason}"
             choices.append(Choice(operation, mode, kernel, reason))
     return choices
+
+
+def rows_to_compile(
+    device: torch.device, activation: str, n: int, k: int, dtype: torch.dtype, rows: Iterable[int]
+) -> list[int]:
+    """Of these numbers of rows in x, the first for each kernel that serves a dense layer [n, k] on a CUDA device."""
+    plan = importlib.import_module("nvfp4_kernels.triton.linear").plan
+    first: dict[tuple[Any, ...], int] = {}
+    for m in rows:
+        mode = resolve_activation(activation, device, m, n, k)
+        first.setdefault((mode, plan(device, mode, m, n, k, dtype).variant), m)
+    return list(first.values())
 
 
 def explain_linear(device: torch.device, activation: str, n: int, k: int, dtype: torch.dtype, rows: Sequence[int]) -> str:

@@ -10,11 +10,12 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
-from nvfp4_kernels import quantize_weight
+from nvfp4_kernels import dispatch, quantize_weight
 from nvfp4_kernels.formats import SfLayout
 from nvfp4_kernels.reference import linear as reference
 from nvfp4_kernels.reference.quantize import dequantize, quantize
@@ -154,6 +155,23 @@ def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) 
         assert plan.kernel != "few" or (m <= 8 and mode != "fp8_per_token")
         assert plan.kernel != "decode" or (m <= 128 and min(m, 64) <= plan.parameters["bm"] <= 64)
         assert plan.kernel != "widen" or (mode == "fp8_per_token" and dtype == torch.bfloat16 and n % 16 == 0)
+
+
+@pytest.mark.parametrize("mode", ["none", "fp8_per_token", "auto"])
+@pytest.mark.parametrize(("n", "k"), [(3000, 1280), (7168, 4608), (21504, 2560), (4096, 4096)])
+def test_every_kernel_is_compiled_ahead(on_device, monkeypatch: pytest.MonkeyPatch, mode: str, n: int, k: int) -> None:
+    """A warm-up of the rows that `rows_to_compile` names leaves no kernel of any number of rows to a request."""
+    device = on_device(H100, 90)
+    monkeypatch.setattr(dispatch, "arch_of", lambda device: 90)
+
+    def variant(m: int) -> tuple[Any, ...]:
+        resolved = dispatch.resolve_activation(mode, device, m, n, k)
+        return resolved, gpu.plan(device, resolved, m, n, k).variant
+
+    rows = [*(1 << i for i in range(13)), *range(128, 4096, 128)]
+    chosen = dispatch.rows_to_compile(device, mode, n, k, torch.bfloat16, rows)
+    assert len({variant(m) for m in chosen}) == len(chosen)
+    assert {variant(m) for m in range(1, 4097)} == {variant(m) for m in chosen}
 
 
 def test_other_devices(on_device) -> None:

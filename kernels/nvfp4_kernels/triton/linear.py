@@ -70,6 +70,11 @@ class Plan:
     parameters: dict[str, int] = field(default_factory=dict)
     reason: str = ""
 
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """What a kernel is compiled for: not the number of shares that K is divided into, but whether it is."""
+        return (self.kernel, *((key, value > 1 if key == "split" else value) for key, value in self.parameters.items()))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing

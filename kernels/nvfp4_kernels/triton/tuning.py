@@ -92,12 +92,6 @@ def calls(plan: Plan, mode: str, m: int, weights: Sequence[Weight]) -> list[Call
     return [call(*weight) for weight in weights]
 
 
-def _variant(job: tuple[Plan, str, int]) -> tuple[Any, ...]:
-    """What makes kernels differ: not the shape and not the number of splits."""
-    plan, mode, _ = job
-    return (mode, plan.kernel, *((key, value > 1 if key == "split" else value) for key, value in plan.parameters.items()))
-
-
 def _compile(job: tuple[Plan, str, int, int]) -> str | None:
     plan, mode, m, index = job
     device = torch.device("cuda", index)
@@ -114,7 +108,7 @@ def _compile(job: tuple[Plan, str, int, int]) -> str | None:
 
 def compile_all(jobs: Iterable[tuple[Plan, str, int]], device: torch.device) -> list[str]:
     """Compile the kernels of all plans into Triton's cache, in parallel processes; returns what failed."""
-    distinct = {_variant(job): (*job, device.index or 0) for job in jobs}
+    distinct = {(mode, plan.variant): (plan, mode, m, device.index or 0) for plan, mode, m in jobs}
     processes = min(14, os.cpu_count() or 1, len(distinct))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return [message for message in pool.imap_unordered(_compile, distinct.values()) if message]
