@@ -38,8 +38,7 @@ def test_large(compiled: Variants, x: str, reduce: bool, bulk: bool) -> None:
     assert count(variant, r"cp\.async\.bulk\.tensor\.[23]d\.shared") >= 2 * 4
     assert ("stmatrix" in variant["ptx"]) == bulk
     assert variant["shared"] <= 227 * 1024
-    # Rows of outputs that are no multiple of 16 bytes are stored value by value, at the price of some registers.
-    assert_pipelined(variant, 64 if bulk else 128)
+    assert_pipelined(variant)
 
 
 @pytest.mark.parametrize("x", ["fp8", "bf16", "fp16"])
@@ -52,12 +51,12 @@ def test_medium(compiled: Variants, x: str, reduce: bool) -> None:
     assert_pipelined(variant)
 
 
-def assert_pipelined(variant: dict[str, Any], most: int = 64) -> None:
-    """ptxas neither serialized the products (C7510 to C7515) nor spilled more than `most` bytes, around the epilogue."""
+def assert_pipelined(variant: dict[str, Any]) -> None:
+    """ptxas neither serialized the products (C7510 to C7515) nor ran out of registers within them."""
     assert "C75" not in variant["log"], variant["log"]
     spilled = re.search(r"(\d+) bytes spill stores", variant["log"])
     assert spilled is not None
-    assert int(spilled[1]) <= most, variant["log"]
+    assert int(spilled[1]) <= 64, variant["log"]  # a few words around the epilogue
 
 
 @pytest.mark.parametrize("x", ["fp8", "bf16"])

@@ -339,36 +339,29 @@ def pieces_of(values, PIECES: gl.constexpr):
 
 
 @gluon.jit
-def _store_piece(values, out_ptr, n0, m0, N, M):
-    """Values [features n0.., tokens m0..] to out [M, N]."""
-    n = n0 + gl.arange(0, values.shape[0], gl.SliceLayout(1, values.type.layout))
-    m = m0 + gl.arange(0, values.shape[1], gl.SliceLayout(0, values.type.layout))
-    store_direct(values, out_ptr, n, m, N, M)
-
-
-@gluon.jit
 def store_tile(
     acc, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
     FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr, BULK_STORE: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of a whole tile: its sums [features, tokens] to rows m0.., columns n0.. of out [M, N], half at a time."""
-    ACC: gl.constexpr = acc.type.layout
-    n = n0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
-    m = m0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
-    result = scaled(
-        acc, n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-        out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
-    )  # fmt: skip
-    if BULK_STORE:
-        halves = pieces_of(result, 2)
-        for i in gl.static_range(2):
-            tma_store_wait(0)
-            store_bulk(halves[i], out_desc, staging, 0, n0, m0 + i * acc.shape[1] // 2)
-    else:
-        # In pieces, so that the addresses of one are out of the registers when the next one's are made.
-        pieces = pieces_of(result, 8)
-        for i in gl.static_range(8):
-            _store_piece(pieces[i], out_ptr, n0, m0 + i * acc.shape[1] // 8, N, M)
+    # What does not go in bulk goes in pieces: the addresses of one are out of the registers when the next one's are made.
+    SCALED: gl.constexpr = 1 if BULK_STORE else 8
+    TOKENS: gl.constexpr = acc.shape[1] // SCALED
+    pieces = pieces_of(acc, SCALED)
+    for i in gl.static_range(SCALED):
+        n = n0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, pieces[i].type.layout))
+        m = m0 + i * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, pieces[i].type.layout))
+        result = scaled(
+            pieces[i], n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+            out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
+        )  # fmt: skip
+        if BULK_STORE:
+            halves = pieces_of(result, 2)
+            for half in gl.static_range(2):
+                tma_store_wait(0)
+                store_bulk(halves[half], out_desc, staging, 0, n0, m0 + half * acc.shape[1] // 2)
+        else:
+            store_direct(result, out_ptr, n, m, N, M)
 
 
 @gluon.jit
@@ -535,7 +528,7 @@ def add_parts(
             tma_store_wait(0)
             store_bulk(result.to(DTYPE), out_desc, staging, 0, n0, m0 + i * TOKENS)
         else:
-            _store_piece(result.to(DTYPE), out_ptr, n0, m0 + i * TOKENS, N, M)
+            store_direct(result.to(DTYPE), out_ptr, n, m, N, M)
     # The last block to leave zeros the counters.
     if gl.atomic_add(count_ptr + 2 * tile + 1, 1, sem="acq_rel") == split - 1:
         gl.store(count_ptr + 2 * tile, 0)
