@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -170,25 +170,31 @@ def explain(device: torch.device | str) -> list[Choice]:
     return choices
 
 
+def _linear_plans(
+    device: torch.device, activation: str, n: int, k: int, dtype: torch.dtype, rows: Iterable[int]
+) -> Iterator[tuple[int, str, Any]]:
+    """(rows, mode, plan) of a dense layer [n, k] on a CUDA device for each of these numbers of rows in x."""
+    plan = importlib.import_module("nvfp4_kernels.triton.linear").plan
+    for m in rows:
+        mode = resolve_activation(activation, device, m, n, k)
+        yield m, mode, plan(device, mode, m, n, k, dtype)
+
+
 def rows_to_compile(
     device: torch.device, activation: str, n: int, k: int, dtype: torch.dtype, rows: Iterable[int]
 ) -> list[int]:
     """Of these numbers of rows in x, the first for each kernel that serves a dense layer [n, k] on a CUDA device."""
-    plan = importlib.import_module("nvfp4_kernels.triton.linear").plan
     first: dict[tuple[Any, ...], int] = {}
-    for m in rows:
-        mode = resolve_activation(activation, device, m, n, k)
-        first.setdefault((mode, plan(device, mode, m, n, k, dtype).variant), m)
+    for m, mode, plan in _linear_plans(device, activation, n, k, dtype, rows):
+        first.setdefault((mode, plan.variant), m)
     return list(first.values())
 
 
 def explain_linear(device: torch.device, activation: str, n: int, k: int, dtype: torch.dtype, rows: Sequence[int]) -> str:
     """What serves a dense layer [n, k] on a CUDA device, for these numbers of rows in x: "1: none by few, 2 to 64: ..."."""
-    plan = importlib.import_module("nvfp4_kernels.triton.linear").plan
     spans: list[tuple[str, int, int]] = []
-    for m in sorted(rows):
-        mode = resolve_activation(activation, device, m, n, k)
-        what = f"{mode} by {plan(device, mode, m, n, k, dtype).kernel}"
+    for m, mode, plan in _linear_plans(device, activation, n, k, dtype, sorted(rows)):
+        what = f"{mode} by {plan.kernel}"
         if spans and spans[-1][0] == what:
             spans[-1] = (what, spans[-1][1], m)
         else:

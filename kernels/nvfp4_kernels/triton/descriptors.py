@@ -32,6 +32,13 @@ def _made(
     return TensorDescriptor(_Memory(address, dtype), list(shape), list(strides), list(box), layout)
 
 
+def _sizes(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows of a tensor [..., columns], columns and stride between rows, in values of `dtype`."""
+    *leading, columns = tensor.shape
+    size = tensor.element_size()
+    return math.prod(leading), columns * size // dtype.itemsize, tensor.stride(-2) * size // dtype.itemsize
+
+
 def descriptor(
     tensor: torch.Tensor, box: tuple[int, ...], dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
 ) -> TensorDescriptor:
@@ -40,11 +47,9 @@ def descriptor(
     The rows are one stride apart and 16-byte aligned. dtype: what the values are taken for, if not for what they are. shape:
     two or three dimensions, in values of dtype, that the rows are arranged in, if not [rows, columns].
     """
-    size = tensor.element_size()
     dtype = dtype or tensor.dtype
-    *leading, columns = tensor.shape
-    shape = shape or (math.prod(leading), columns * size // dtype.itemsize)
-    row = tensor.stride(-2) * size // dtype.itemsize
+    rows, columns, row = _sizes(tensor, dtype)
+    shape = shape or (rows, columns)
     strides = (row, 1) if len(box) == 2 else (shape[1] * row, row, 1)
     return _made(tensor.data_ptr(), dtype, shape, strides, box)
 
@@ -54,8 +59,6 @@ def chunked(tensor: torch.Tensor, box: tuple[int, int, int], dtype: torch.dtype)
 
     One copy brings neighbouring chunks of many rows, each chunk of all rows together.
     """
-    size = tensor.element_size()
-    *leading, columns = tensor.shape
-    row, width = tensor.stride(-2) * size // dtype.itemsize, box[-1]
-    shape = (columns * size // dtype.itemsize // width, math.prod(leading), width)
-    return _made(tensor.data_ptr(), dtype, shape, (width, row, 1), box)
+    rows, columns, row = _sizes(tensor, dtype)
+    width = box[-1]
+    return _made(tensor.data_ptr(), dtype, (columns // width, rows, width), (width, row, 1), box)
