@@ -13,18 +13,22 @@ import torch
 from . import dispatch
 from .formats import GROUP_SIZE, sf_shape
 from .reference.source import PLAIN, Source
+from .triton.replay import replayed
 
 _LIBRARY = torch.library.Library("nvfp4", "DEF")
 _Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register the decorated function as the op of `schema`, with `fake` for meta tensors, and return the op itself."""
+def _define(schema: str, fake: Callable, *, layer: bool = False) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the op of `schema`, with `fake` for meta tensors, and return the op itself.
+
+    layer: a model calls it over and over with the same shapes.
+    """
     name = schema.split("(")[0]
 
     def register(function: Callable) -> Callable:
         _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, replayed(function) if layer else function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"nvfp4::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.nvfp4, name).default
 
@@ -140,7 +144,7 @@ def _linear_fake(x, data, *layer) -> torch.Tensor:
     return x.new_empty((x.shape[0], data.shape[0]))
 
 
-@_define(f"linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake)
+@_define(f"linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake, layer=True)
 def linear(x, *layer) -> torch.Tensor:
     return _linear(PLAIN, x, *layer)
 
@@ -148,7 +152,7 @@ def linear(x, *layer) -> torch.Tensor:
 # Layers together with what models compute right before them (reference/source.py). vLLM's graphs are rewritten to these.
 
 
-@_define(f"silu_and_mul_linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake)
+@_define(f"silu_and_mul_linear(Tensor x, {_LAYER}) -> Tensor", _linear_fake, layer=True)
 def silu_and_mul_linear(x, *layer) -> torch.Tensor:
     return _linear(Source("silu_and_mul"), x, *layer)
 
@@ -157,7 +161,7 @@ def _rms_norm_linear_fake(x, norm_weight, eps, data, *layer) -> torch.Tensor:
     return _linear_fake(x, data)
 
 
-@_define(f"rms_norm_linear(Tensor x, Tensor norm_weight, float eps, {_LAYER}) -> Tensor", _rms_norm_linear_fake)
+@_define(f"rms_norm_linear(Tensor x, Tensor norm_weight, float eps, {_LAYER}) -> Tensor", _rms_norm_linear_fake, layer=True)
 def rms_norm_linear(x, norm_weight, eps, *layer) -> torch.Tensor:
     return _linear(Source("rms_norm", norm_weight, eps), x, *layer)
 
@@ -169,6 +173,7 @@ def _add_rms_norm_linear_fake(x, residual, norm_weight, eps, data, *layer) -> tu
 @_define(
     f"add_rms_norm_linear(Tensor x, Tensor residual, Tensor norm_weight, float eps, {_LAYER}) -> (Tensor, Tensor)",
     _add_rms_norm_linear_fake,
+    layer=True,
 )
 def add_rms_norm_linear(x, residual, norm_weight, eps, *layer) -> tuple[torch.Tensor, torch.Tensor]:
     total = x.new_empty(x.shape)
@@ -194,6 +199,7 @@ def _fused_moe_fake(x, *args) -> torch.Tensor:
     " str act_fn, Tensor? w13_input_scale, Tensor? w2_input_scale, Tensor? w13_bias, Tensor? w2_bias,"
     " Tensor? expert_map, bool apply_router_weight_on_input, str backend) -> Tensor",
     _fused_moe_fake,
+    layer=True,
 )
 def fused_moe(
     x,

@@ -117,9 +117,10 @@ def quantize_fp8(x: torch.Tensor, order: str, source: Source = PLAIN) -> tuple[t
         return q, scale
     x = apply(x, source)
     block = next_power_of_2(k)
-    _quantize_fp8_kernel[(m,)](
-        x, q, scale, x.stride(0), k, order, fp8, block, num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False
-    )
+    launch(
+        _quantize_fp8_kernel, (m,), x, q, scale, x.stride(0), k, ORDER=order, FP8=fp8, BLOCK=block,
+        num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False,
+    )  # fmt: skip
     return q, scale
 
 
@@ -140,9 +141,10 @@ def permute(x: torch.Tensor, order: str) -> torch.Tensor:
     out = torch.empty(m, k, dtype=x.dtype, device=x.device)
     block = min(1024 if m <= 64 else 4096, next_power_of_2(k))
     pdl = arch_of(x.device) >= 90
-    _permute_kernel[(m, cdiv(k, block))](
-        x, out, x.stride(0), k, order, block, pdl, num_warps=max(1, block // 512), launch_pdl=pdl
-    )
+    launch(
+        _permute_kernel, (m, cdiv(k, block)), x, out, x.stride(0), k, ORDER=order, BLOCK=block, PDL=pdl,
+        num_warps=max(1, block // 512), launch_pdl=pdl,
+    )  # fmt: skip
     return out
 
 
@@ -167,5 +169,8 @@ def decode(q: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype, order: str) ->
     out = torch.empty(m, k, dtype=dtype, device=q.device)
     block = min(4096, next_power_of_2(k))
     pdl = arch_of(q.device) >= 90
-    _decode_kernel[(m, cdiv(k, block))](q, sf.view(torch.uint8), out, k, order, block, pdl, num_warps=8, launch_pdl=pdl)
+    launch(
+        _decode_kernel, (m, cdiv(k, block)), q, sf.view(torch.uint8), out, k, ORDER=order, BLOCK=block, PDL=pdl,
+        num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,3 +63,9 @@ def chunked(tensor: torch.Tensor, box: tuple[int, int, int], dtype: torch.dtype)
     rows, columns, row = _sizes(tensor, dtype)
     width = box[-1]
     return _made(tensor.data_ptr(), dtype, (columns // width, rows, width), (width, row, 1), box)
+
+
+def moved(of: TensorDescriptor) -> Callable[[int], TensorDescriptor]:
+    """address -> the descriptor of what lies there as `of` describes it."""
+    rest = (of.base.dtype, tuple(of.shape), tuple(of.strides), tuple(of.block_shape))
+    return lambda address: _made(address, *rest)

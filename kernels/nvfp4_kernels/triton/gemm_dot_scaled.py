@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv
+from .launch import cdiv, launch
 
 
 def problem(mode: str, n: int, k: int) -> str | None:
@@ -67,7 +67,8 @@ def run(
     m, k = codes.shape[0], 2 * codes.shape[1]
     n = data.shape[0]
     bn, bk = 128, 128 if k % 256 else 256
-    gemm_dot_scaled[(cdiv(m, 128) * cdiv(n, bn),)](
+    launch(
+        gemm_dot_scaled, (cdiv(m, 128) * cdiv(n, bn),),
         codes, sf.view(torch.float8_e4m3fn), data, scales, row_scale, token, bias, out,
         m, n, k, 1 if row_scale.numel() > 1 else 0, 1 if token.numel() > 1 else 0,
         BIAS=bias is not None, BM=128, BN=bn, BK=bk, num_warps=8 if bk == 256 else 4, num_stages=3,

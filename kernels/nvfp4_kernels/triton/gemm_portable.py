@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation import round_e4m3
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 from .numerics import e2m1_decode, e4m3_decode
 
 
@@ -89,7 +89,8 @@ def run(
     n = data.shape[0]
     bm = min(128, max(16, next_power_of_2(m)))
     bn, bk = (128, 64) if bm >= 64 else (64, 128)
-    gemm_portable[(cdiv(m, bm) * cdiv(n, bn),)](
+    launch(
+        gemm_portable, (cdiv(m, bm) * cdiv(n, bn),),
         x, data, scales.view(torch.uint8), fp8_fold, row_scale, token_scale, bias, out,
         m, n, k, x.stride(0), scale_stride(row_scale), scale_stride(token_scale),
         FP8=fp8_fold is not None, TOKEN=token_scale is not None, BIAS=bias is not None,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .replay import launched
+
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -49,7 +51,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         constexpr = [p.is_constexpr for p in kernel.params]
         if any(constexpr[: len(args)]) or not all(constexpr[len(args) :]):
             raise TypeError(f"args: got {len(args)}, which are not the parameters of {kernel.__name__} that are no constexpr")
-        _compiled[look_up] = compiled, tuple(constants.get(p.name, p.default) for p in kernel.params[len(args) :])
-        return
-    compiled, rest = known
-    compiled[(*grid, 1, 1)[:3]](*args, *rest)
+        rest = tuple(constants.get(p.name, p.default) for p in kernel.params[len(args) :])
+        _compiled[look_up] = compiled, rest
+    else:
+        compiled, rest = known
+        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+    launched(compiled, grid, (*args, *rest))

@@ -34,6 +34,7 @@ from . import gemm_portable
 from .activation import decode, permute, quantize_fp8, sourced
 from .launch import cdiv, launch, next_power_of_2
 from .quantize import quantize
+from .replay import asked
 from .widen import widen_fp8
 from .workspace import split_k
 
@@ -465,6 +466,10 @@ _inverse_bases: dict[torch.device, torch.Tensor] = {}
 
 def inverse_base(device: torch.device) -> torch.Tensor:
     """INVERSE_BASE as fp32 [1]. Made once, but not within a capture: what a graph makes is there when the graph ran."""
+    return asked(lambda: _inverse_base(device))
+
+
+def _inverse_base(device: torch.device) -> torch.Tensor:
     base = _inverse_bases.get(device)
     if base is None:
         base = torch.full((1,), INVERSE_BASE, dtype=torch.float32, device=device)

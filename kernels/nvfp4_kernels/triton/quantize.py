@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..devices import arch_of
 from ..formats import GROUP_SIZE, SfLayout, ceil_to, sf_shape
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 from .numerics import (
     block_scale,
     e2m1_decode,
@@ -392,7 +392,7 @@ def _flags(index: torch.Tensor, rows: int) -> torch.Tensor:
     """uint8 [rows], 1 for the rows that `index` names."""
     named = torch.zeros(rows, dtype=torch.uint8, device=index.device)
     if index.numel():
-        mark_kernel[(cdiv(index.numel(), 1024),)](index, named, index.numel(), rows, BLOCK=1024)
+        launch(mark_kernel, (cdiv(index.numel(), 1024),), index, named, index.numel(), rows, BLOCK=1024)
     return named
 
 
@@ -435,7 +435,9 @@ def _launch(
     x = aligned_rows(x)
     if x.dtype == torch.float8_e4m3fn:
         x = x.view(torch.uint8)  # Triton refuses pointers to e4m3 before SM89
-    quantize_kernel[(programs,)](
+    launch(
+        quantize_kernel,
+        (programs,),
         x,
         a_global_sf,
         index,
@@ -584,7 +586,9 @@ def permute_quantize(
         )
         if rows:
             pdl = arch_of(x.device) >= 90
-            place_kernel[(cdiv(rows, 128) * cdiv(padded_blocks, _PLACE_BLOCKS),)](
+            launch(
+                place_kernel,
+                (cdiv(rows, 128) * cdiv(padded_blocks, _PLACE_BLOCKS),),
                 token_of,
                 scales,
                 scale,
@@ -621,7 +625,9 @@ def dequantize(
     if out.numel():
         config = tile(m, blocks, False)
         with on_device(x_q):
-            dequantize_kernel[(cdiv(m, config.rows) * cdiv(blocks, config.blocks),)](
+            launch(
+                dequantize_kernel,
+                (cdiv(m, config.rows) * cdiv(blocks, config.blocks),),
                 x_q.contiguous(),
                 sf.view(torch.uint8).contiguous(),
                 global_scale,

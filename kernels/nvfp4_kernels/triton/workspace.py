@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .replay import asked
+
 _POOL = 1 << 18
 _MIN_BUFFER = 4096
 _eager: dict[tuple[int, int], torch.Tensor] = {}
@@ -18,6 +20,10 @@ _taken: dict[int, int] = {}
 
 def counters(device: torch.device, count: int) -> torch.Tensor:
     """int32 zeros [>= count] on a CUDA device, for kernels that leave them zero."""
+    return asked(lambda: _counters(device, count))
+
+
+def _counters(device: torch.device, count: int) -> torch.Tensor:
     index = device.index or 0
     if torch.cuda.is_current_stream_capturing():
         start = _taken.get(index, _POOL)

@@ -1,0 +1,201 @@
+"""Recorded calls on the CPU: what stands for a kernel here writes to the addresses that it is handed, as one on a GPU would."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nvfp4_kernels.triton import replay
+from nvfp4_kernels.triton.replay import Program, asked, launched
+
+
+class Hooks:
+    """As Triton's chain of launch hooks."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[Any], None]] = []
+        self.add, self.remove = self.calls.append, self.calls.remove
+
+
+HOOKS = Hooks()
+
+
+class Sum:
+    """out[i] = a[i] + b[i] + constant of fp32 memory, called as Triton calls a compiled kernel."""
+
+    function, packed_metadata = 7, (1, 2)
+
+    @staticmethod
+    def run(x: int, y: int, z: int, stream: int, function: int, metadata: object, *rest: Any) -> None:
+        assert (y, z, stream, function, metadata, rest[:3]) == (1, 1, 0, 7, (1, 2), (None, None, None))
+        for hook in HOOKS.calls:
+            hook(None)
+        a, b, out, constant = rest[3:]
+        for i in range(x):
+            left, right, total = (ctypes.c_float.from_address(address + 4 * i) for address in (a, b, out))
+            total.value = left.value + right.value + constant
+
+
+def unknown_launch(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, constant: float) -> None:
+    Sum.run(a.numel(), 1, 1, 0, 7, (1, 2), None, None, None, a.data_ptr(), b.data_ptr(), out.data_ptr(), constant)
+
+
+def launch(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, constant: float) -> None:
+    unknown_launch(a, b, out, constant)
+    launched(Sum, (a.numel(),), (a, b, out, constant))
+
+
+def record(function: Callable[..., Any], *args: torch.Tensor) -> Program:
+    with replay._recorded(args, HOOKS) as recording:
+        result = function(*args)
+    assert not HOOKS.calls
+    return recording.program(result)
+
+
+def check(function: Callable[..., Any], *args: torch.Tensor) -> Program:
+    """A program of the function, which does for other arguments what the function does."""
+    program = record(function, *args)
+    for _ in range(3):
+        others = tuple(torch.randn(2 * len(a))[: len(a)] for a in args)
+        want, got = function(*others), program(others)
+        for w, g in zip(want, got, strict=True) if isinstance(want, tuple) else [(want, got)]:
+            assert (w.shape, w.stride(), w.dtype) == (g.shape, g.stride(), g.dtype)
+            assert torch.equal(w, g)
+    return program
+
+
+def arguments() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(8), torch.randn(8)
+
+
+def test_memory_between_launches_is_one_allocation() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        first, second = torch.empty(8), a.new_empty((2, 4))
+        launch(a, b, first, 1.0)
+        launch(first, a, second.view(8), 2.0)
+        out = torch.empty_like(a)
+        launch(second[1], first[4:], out, 3.0)  # four values each, at offsets
+        launch(second[0], b[:4], out[4:], 4.0)
+        return out
+
+    program = check(function, *arguments())
+    assert program.arena == 2 * 512
+    assert len(program.makers) == 1
+
+
+def test_several_results_and_views_of_them() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        out = torch.empty(2, 4)
+        launch(a, b, out.view(8), 0.5)
+        return out, out.t(), out[1, 2:]
+
+    assert check(function, *arguments()).arena == 0
+
+
+def test_operation_of_torch() -> None:
+    one = torch.ones(())
+
+    def function(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        codes = torch.empty(32, 16, dtype=torch.float8_e4m3fn)
+        launch(a, b, codes.view(torch.float32).view(-1), 0.0)  # whatever these bytes are as e4m3
+        other = torch.empty(16, 16, dtype=torch.float8_e4m3fn)
+        launch(b[:64], a[:64], other.view(torch.float32).view(-1), 1.0)
+        product = torch._scaled_mm(codes, other.t(), scale_a=scale, scale_b=scale, out_dtype=torch.float32)
+        out = torch.empty(8)
+        launch(product.view(-1)[:8], a[:8], out, 1.0)
+        return out
+
+    args = (torch.rand(128), torch.rand(128), one)
+    program = record(function, *args)
+    for _ in range(3):
+        others = (torch.rand(128), torch.rand(128), one * 3)
+        torch.testing.assert_close(program(others), function(*others), rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_that_outlive_a_call_are_asked_for() -> None:
+    kept = [torch.full((8,), 5.0)]
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(8)
+        launch(a, asked(lambda: kept[0] + 0.0), out, 0.0)
+        return out
+
+    a, b = arguments()
+    program = record(function, a, b)
+    assert torch.equal(program((a, b)), a + 5.0)
+    kept[:] = [torch.full((8,), -1.0)]
+    assert torch.equal(program((a, b)), a - 1.0)
+
+
+def test_nothing_to_launch() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.new_empty((0, 3))
+
+    assert record(function, *arguments())(arguments()).shape == (0, 3)
+
+
+def computes(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(8)
+    launch(a.clone(), b, out, 0.0)
+    return out
+
+
+def changes(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.empty(8).zero_()
+
+
+def launches_past(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(8)
+    unknown_launch(a, b, out, 0.0)
+    return out
+
+
+KEPT = torch.ones(8)
+
+
+def reads_another(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(8)
+    launch(a, KEPT, out, 0.0)
+    return out
+
+
+def returns_an_argument(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (computes, "aten.clone.default computes"),
+        (changes, "aten.zero_.default computes"),
+        (launches_past, "1 kernels were not launched by launch"),
+        (reads_another, "0 tensors hold an address"),
+        (returns_an_argument, "returns an argument"),
+    ],
+)
+def test_what_cannot_be_replayed(function: Callable[..., torch.Tensor], reason: str) -> None:
+    with pytest.raises(replay._Unrepeatable, match=reason):
+        record(function, *arguments())
+
+
+def test_the_same_tensor_twice_cannot_be_told_apart() -> None:
+    a = torch.randn(8)
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(8)
+        launch(a, b, out, 0.0)
+        return out
+
+    with pytest.raises(replay._Unrepeatable, match="2 tensors hold an address"):
+        record(function, a, a)
+
+
+def test_a_recording_ends_with_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), replay._recorded(arguments(), HOOKS):
+        _ = 1 / 0
+    assert not HOOKS.calls
+    launched(Sum, (8,), ())  # nobody listens
