@@ -101,7 +101,8 @@ def check(x, weights, ids, arguments, bound=None, **more) -> torch.Tensor:
         *(((2048, 768), m, b, False) for m, b in ((5, 8), (9, 16), (40, 32), (90, 64), (250, 128), (700, 256))),
         *((RAGGED, m, b, False) for m, b in ((5, 8), (40, 32), (90, 64), (250, 128), (700, 256))),
         *(((7168, 256), m, b, False) for m, b in ((90, 64), (250, 128))),
-        *(((256, 512), m, b, False) for m, b in ((90, 64), (250, 128), (700, 256))),
+        *(((256, 512), m, b, False) for m, b in ((90, 64), (250, 128))),
+        *((sizes, 700, 256, False) for sizes in ((512, 512), (1024, 512))),
         *((sizes, m, b, True) for sizes in ((2048, 768), RAGGED, (7168, 256)) for m, b in ((90, 64), (250, 128))),
     ],
 )

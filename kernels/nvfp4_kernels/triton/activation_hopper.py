@@ -59,7 +59,7 @@ def _silu_times_asm(dtype):
 
 
 @gluon.jit
-def _silu_times(gate, up, DTYPE: gl.constexpr):
+def silu_times(gate, up, DTYPE: gl.constexpr):
     """silu(gate) * up of fp32 values, rounded to 16 bits, in the fewest instructions: a row has one multiprocessor.
 
     The error is 2^-21 before the rounding; a gate below -87 gives 0.
@@ -79,7 +79,7 @@ def _read(x_row, residual_row, at, K, SOURCE: gl.constexpr):
     DTYPE: gl.constexpr = x.dtype
     if SOURCE == "silu_and_mul":
         up = gl.load(x_row + K + at, mask=at < K, other=0.0).to(gl.float32)
-        x = _silu_times(x.to(gl.float32), up, DTYPE)
+        x = silu_times(x.to(gl.float32), up, DTYPE)
     elif SOURCE == "rms_norm":
         x = x.to(gl.float32)
     elif SOURCE == "add_rms_norm":

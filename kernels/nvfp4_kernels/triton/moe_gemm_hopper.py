@@ -31,6 +31,7 @@ def serves(device: torch.device, weights: tuple[ExpertWeights, ...], act_fn: str
 
 _DECODE_ROWS = 32  # tiles up to which the kernel for few rows serves
 _LONG_ROWS = 256
+_LONG_MIN_STAGES = 2  # so that copies of weights are a tile ahead of the products at most
 _GATHER_TOP_K = 4  # from which on, and weight rows up to which, GEMM 1 gathers its rows
 _GATHER_ROWS = 768
 _MIN_STAGES = 2  # of a part of K
@@ -96,6 +97,8 @@ def grouped_gemm(
     gated_act = act_fn is not None and act_fn not in UNGATED
     fp8 = x.dtype == torch.float8_e4m3fn
     stages = cdiv(half_k, 128)
+    if block_m == _LONG_ROWS and stages < _LONG_MIN_STAGES:
+        raise ValueError(f"block_m: got {block_m} for K = {2 * half_k}, allowed from K = {256 * _LONG_MIN_STAGES} on")
     warps, weight_stages, x_stages, resident = tiling(block_m, fp8, 2 * half_k)
     short = is_short(block_m, fp8, 2 * half_k)
     few = block_m <= _DECODE_ROWS

@@ -21,27 +21,30 @@ from .gluon_compat import thread_barrier
 from .hopper import decode_part, load_x, pieces_of, retire_products, tile_of
 from .moe_hopper import (
     finish,
-    fold_pairs,
-    live_rows,
+    load_factors,
+    load_fold,
     load_weights,
-    row_factor,
+    pairs_layout,
+    pairs_of_fold,
+    product_of,
+    rows_layout,
     scales_of_slot,
-    token_scales,
     weight_rows,
     weight_slots,
     words_of_slot,
 )
 
+_M_TILES = gl.constexpr(16)  # whose rows of x stay in the L2 cache while they meet all weights of their experts
+
 
 @gluon.jit
-def _tile(unit, tile_to_expert, offsets, n_tiles, last_tile, BM: gl.constexpr, GROUP: gl.constexpr):
-    """(expert, tile along n, first row of x) of a unit of work; units past the last tile's count as its own."""
-    unit = gl.minimum(unit, (last_tile + 1) * n_tiles - 1)
-    expert = gl.maximum(gl.load(tile_to_expert + unit // n_tiles), 0)
-    first_tile = gl.load(offsets + expert) // BM
-    m_tiles = gl.load(offsets + expert + 1) // BM - first_tile
-    n_tile, m_tile = tile_of(unit - first_tile * n_tiles, n_tiles, m_tiles, GROUP)
-    return expert, n_tile, (first_tile + m_tile) * BM
+def _tile(unit, tile_to_expert, tiles, n_tiles, BM: gl.constexpr, GROUP: gl.constexpr):
+    """(expert, tile along n, first row of x) of a unit of work; units past the last one's count as its own."""
+    unit = gl.minimum(unit, tiles * n_tiles - 1)
+    part = unit // (_M_TILES * n_tiles)
+    n_tile, m_tile = tile_of(unit - part * _M_TILES * n_tiles, n_tiles, gl.minimum(tiles - part * _M_TILES, _M_TILES), GROUP)
+    m_tile += part * _M_TILES
+    return gl.load(tile_to_expert + m_tile), n_tile, m_tile * BM
 
 
 @gluon.jit
@@ -64,16 +67,26 @@ def _group(
     COLUMNS: gl.constexpr = BN // 2 if ACT == 2 else BN  # of out, in half a tile
     second = N // 2 if ACT == 2 else BN // 2
 
-    tiles = gl.load(offsets + experts) // BM
-    units = tiles * n_tiles
-    last_tile = gl.maximum(tiles - 1, 0)
+    PART: gl.constexpr = BM // 2
+    PART_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PART, 32 if FP8 else 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    part_row = gl.arange(0, PART, ROWS)
+
+    units = gl.load(offsets + experts) // BM * n_tiles
+    tiles = gl.maximum(units // n_tiles, 1)
     stride = gl.num_programs(0)
-    # The loads run ahead of the products, across tiles: cursors of the weight stage to load next, and of the one whose x is.
-    w_unit = gl.program_id(0)
-    x_unit = w_unit
-    next_expert, next_n, next_m0 = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
-    w_expert = next_expert
-    w_column = (2 * next_n + HALF) * COLUMNS
+    # What a tile needs of memory but x and weights is loaded while the tile before it is multiplied, its place in the matrices
+    # two tiles before: a load that is waited for takes as long as the products of 128 values.
+    first = gl.program_id(0)
+    expert, n_tile, m0 = _tile(first, tile_to_expert, tiles, n_tiles, BM, GROUP)
+    next_expert, next_n, next_m0 = _tile(first + stride, tile_to_expert, tiles, n_tiles, BM, GROUP)
+    # The copies of weights run ahead of the products, across tiles. At the start of one they are in the same or in the next.
+    a_tile_ahead = WEIGHT_STAGES // k_stages > 0
+    expert = gl.maximum(expert, 0)  # without any tile there is none, and nothing happens below
+    next_expert = gl.maximum(next_expert, 0)
+    w_unit = first
+    w_expert = expert
+    w_column = (2 * n_tile + HALF) * COLUMNS
     w_k = 0
     for i in gl.static_range(WEIGHT_STAGES):
         load_weights(w_desc, s_desc, words, scales, w_full.index(i), w_expert, w_column, w_k, i, w_unit < units)
@@ -81,32 +94,43 @@ def _group(
         if w_k == k_stages:
             w_k = 0
             w_unit += stride
-            w_expert, w_n, _ = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
-            w_column = (2 * w_n + HALF) * COLUMNS
+            w_expert = next_expert
+            w_column = (2 * next_n + HALF) * COLUMNS
+    next_fold = gl.full([BN], 1.0, gl.float32, gl.SliceLayout(1, pairs_layout(WARPS)))
+    if FP8:
+        next_fold = load_fold(fold_ptr, expert, (2 * n_tile + HALF) * COLUMNS, second, N, WARPS)
     gdc_wait()
     gdc_launch_dependents()
-    x_k = 0  # in weight stages
-    load_x(x_desc, x_ring, x_full, next_m0, HALF, HALF, x_unit < units)
+    load_x(x_desc, x_ring, x_full, m0, HALF, HALF, first < units)
     own_pair = 1
     own_phase = 1  # the first time around, slots are free
     w_slot = 0
     w_phase = 0
     pair = 0
     x_phase = 0
-    for _unit in range(gl.program_id(0), units, stride):
-        expert = next_expert
-        half_n = 2 * next_n + HALF
-        m0 = next_m0
+    for unit in range(first, units, stride):
+        after_expert, after_n, after_m0 = _tile(unit + 2 * stride, tile_to_expert, tiles, n_tiles, BM, GROUP)
+        half_n = 2 * n_tile + HALF
         fold = None
         if FP8:
-            fold = fold_pairs(fold_ptr, expert, half_n * COLUMNS, second, N, WARPS)
+            fold = pairs_of_fold(next_fold, WARPS)
+            next_fold = load_fold(fold_ptr, next_expert, (2 * next_n + HALF) * COLUMNS, second, N, WARPS)
+        row = weight_rows(half_n * COLUMNS, second, WARPS, PART_ACC)
+        factors = load_factors(
+            row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8
+        )
+        live = ()
+        token_scale = ()
+        for half in gl.static_range(2):
+            live = live + (gl.load(live_ptr + m0 + half * PART + part_row),)  # type: ignore[assignment]  # noqa: RUF005
+            if token_ptr is not None:
+                token_scale = token_scale + (gl.load(token_ptr + m0 + half * PART + part_row),)  # type: ignore[assignment]  # noqa: RUF005
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
         for stage in range(k_stages):
-            x_k += 1
-            if x_k == k_stages:
-                x_k = 0
-                x_unit += stride
-                next_expert, next_n, next_m0 = _tile(x_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
+            last = stage == k_stages - 1
+            next_row = gl.where(last, next_m0, m0)
+            next_x_k = gl.where(last, 0, stage + 1) * PER_STAGE + HALF
+            next_live = (stage < k_stages - 1) | (unit + stride < units)
             mbarrier.wait(w_full.index(w_slot), w_phase)
             for chunk in gl.static_range(2):
                 w = words_of_slot(read_words, w_slot, chunk, WARPS)
@@ -118,8 +142,8 @@ def _group(
                     token = warpgroup_mma(a, x_ring.index(slot).permute((1, 0)), token, is_async=True)
                     token, pair, x_phase, own_pair, own_phase = retire_products(
                         token, x_desc, x_ring, x_full, x_empty, pair, x_phase, own_pair, own_phase, m0,
-                        stage * PER_STAGE + HALF, next_m0, x_k * PER_STAGE + HALF, x_unit < units, stage > 0,
-                        chunk * PARTS + part, PER_STAGE, HALF,
+                        stage * PER_STAGE + HALF, next_row, next_x_k, next_live, stage > 0, chunk * PARTS + part, PER_STAGE,
+                        HALF,
                     )  # fmt: skip
             # All four warps have read this stage's weights: before the last barrier.
             load_weights(w_desc, s_desc, words, scales, w_full.index(w_slot), w_expert, w_column, w_k, w_slot, w_unit < units)
@@ -131,26 +155,29 @@ def _group(
             if w_k == k_stages:
                 w_k = 0
                 w_unit += stride
-                w_expert, w_n, _ = _tile(w_unit, tile_to_expert, offsets, n_tiles, last_tile, BM, GROUP)
-                w_column = (2 * w_n + HALF) * COLUMNS
+                w_expert = gl.where(a_tile_ahead, after_expert, next_expert)
+                w_column = (2 * gl.where(a_tile_ahead, after_n, next_n) + HALF) * COLUMNS
         acc = warpgroup_mma_wait(0, deps=[token])
         thread_barrier()
         mbarrier.arrive(x_empty.index(2 * (pair ^ 1) + 1), count=1)
-        PART: gl.constexpr = BM // 2
-        PART_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PART, 32 if FP8 else 16])
-        row = weight_rows(half_n * COLUMNS, second, WARPS, PART_ACC)
-        factor = row_factor(
-            row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8, FP16
-        )
+        factor = product_of(factors, FP8, FP16)
         halves = pieces_of(acc, 2)
         for half in gl.static_range(2):
-            part0 = m0 + half * PART
+            scale = gl.full([PART], 1.0, gl.float32, gl.SliceLayout(0, PART_ACC))
+            if token_ptr is not None:
+                scale = gl.convert_layout(token_scale[half], gl.SliceLayout(0, PART_ACC))
             finish(
-                gl.convert_layout(halves[half], PART_ACC, assert_trivial=True), factor,
-                token_scales(token_ptr, live_ptr, part0, False, PART, PART_ACC),
-                live_rows(live_ptr, part0, PART, COLUMNS, WARPS, OPERAND_ORDER), out_ptr, bias_ptr, expert, row, half_n, part0,
-                N, out_stride, PART, WARPS, ACT, ACT_FN, OPERAND_ORDER,
+                gl.convert_layout(halves[half], PART_ACC, assert_trivial=True), factor, scale,
+                gl.convert_layout(live[half], gl.SliceLayout(1, rows_layout(COLUMNS, WARPS, OPERAND_ORDER))) >= 0,
+                out_ptr, bias_ptr, expert, row, half_n, m0 + half * PART, N, out_stride, PART, WARPS, ACT, ACT_FN,
+                OPERAND_ORDER,
             )  # fmt: skip
+        expert = next_expert
+        n_tile = next_n
+        m0 = next_m0
+        next_expert = after_expert
+        next_n = after_n
+        next_m0 = after_m0
 
 
 @gluon.jit(do_not_specialize=["n_tiles"])
@@ -163,7 +190,8 @@ def grouped_gemm_long_kernel(
     """`grouped_gemm_kernel` for many rows, persistent: a block a multiprocessor, whose loads run ahead across tiles.
 
     256 rows halve what decoding costs a product, and leave no room for a second block. Boxes of w_desc and s_desc are half a
-    tile's, for four warps; n_tiles counts whole tiles, of eight. Launched with four warps; four more are started here.
+    tile's, for four warps; n_tiles counts whole tiles, of eight; k_stages is 2 or more. Launched with four warps; four more
+    are started here.
     """
     X_STAGES: gl.constexpr = 4  # two of each parity
     words0, scales0, read_words0, read_scales0 = weight_slots(w_desc, s_desc, WEIGHT_STAGES, 4)

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from .activation_hopper import silu_times
 from .gluon_compat import copy_async, reinterpret, tma_load
 from .moe_combine import gated, ungated
 
@@ -156,14 +157,54 @@ def weight_slots(w_desc, s_desc, STAGES: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def fold_pairs(fold_ptr, expert, column0, second, N, WARPS: gl.constexpr):
+def load_fold(fold_ptr, expert, column0, second, N, WARPS: gl.constexpr):
+    """2^fold of the tile's rows, for `pairs_of_fold`."""
+    row = weight_rows(column0, second, WARPS, pairs_layout(WARPS))
+    return gl.load(fold_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=1.0)
+
+
+@gluon.jit
+def pairs_of_fold(fold, WARPS: gl.constexpr):
     """2^-fold of the tile's rows as pairs of f16, int32 [16 * WARPS, 4]. A fold is a power of two from 2^-15 to 2^3: exact."""
     LAYOUT: gl.constexpr = pairs_layout(WARPS)
-    row = weight_rows(column0, second, WARPS, LAYOUT)
-    inverse = 1.0 / gl.load(fold_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=1.0)
+    inverse = 1.0 / fold
     bits = inverse.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
     pairs, _ = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), gl.zeros([16 * WARPS, 4], gl.int32, LAYOUT))
     return pairs
+
+
+@gluon.jit
+def fold_pairs(fold_ptr, expert, column0, second, N, WARPS: gl.constexpr):
+    """`pairs_of_fold` of the tile's rows."""
+    return pairs_of_fold(load_fold(fold_ptr, expert, column0, second, N, WARPS), WARPS)
+
+
+@gluon.jit
+def load_factors(
+    row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8: gl.constexpr
+):  # fmt: skip
+    """What the products of weight rows `row` are multiplied by, for all tokens alike: three factors, loaded."""
+    scale = gl.load(row_ptr + expert.to(gl.int64) * row_expert + row * row_stride, mask=row < N, other=0.0)
+    fold = scale
+    if FP8:
+        fold = gl.load(fold_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=0.0)
+    input_scale = 1.0
+    if input_scale_ptr is not None:
+        input_scale = gl.load(input_scale_ptr + expert * input_scale_expert)
+    return scale, fold, input_scale
+
+
+@gluon.jit
+def product_of(factors, FP8: gl.constexpr, FP16: gl.constexpr):
+    """The factors of `load_factors`, and that of the decoded weights in 16 bits, in one."""
+    scale, fold, input_scale = factors
+    if FP8:
+        scale *= fold
+    elif FP16:
+        scale *= 128.0
+    else:
+        scale *= 256.0
+    return scale * input_scale
 
 
 @gluon.jit
@@ -172,16 +213,8 @@ def row_factor(
     FP8: gl.constexpr, FP16: gl.constexpr,
 ):  # fmt: skip
     """What the products of weight rows `row` are multiplied by, for all tokens alike."""
-    factor = gl.load(row_ptr + expert.to(gl.int64) * row_expert + row * row_stride, mask=row < N, other=0.0)
-    if FP8:
-        factor *= gl.load(fold_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=0.0)
-    elif FP16:
-        factor *= 128.0
-    else:
-        factor *= 256.0
-    if input_scale_ptr is not None:
-        factor *= gl.load(input_scale_ptr + expert * input_scale_expert)
-    return factor
+    factors = load_factors(row_ptr, fold_ptr, input_scale_ptr, expert, row, N, row_expert, row_stride, input_scale_expert, FP8)
+    return product_of(factors, FP8, FP16)
 
 
 @gluon.jit
@@ -222,7 +255,11 @@ def finish(
     result = gl.reshape(result.to(DTYPE), [WARPS, 2, 8, BM])
     if ACT == 2:
         gate, up = gl.split(gl.permute(result.to(gl.float32), [0, 2, 3, 1]))
-        values = gl.reshape(gated(gate, up, ACT_FN).to(DTYPE), [COLUMNS, BM])
+        if ACT_FN == "silu":  # noqa: SIM108
+            h = silu_times(gate, up, DTYPE)
+        else:
+            h = gated(gate, up, ACT_FN).to(DTYPE)
+        values = gl.reshape(h, [COLUMNS, BM])
     else:
         values = gl.reshape(gl.permute(result, [1, 0, 2, 3]), [COLUMNS, BM])
         if ACT == 1:
