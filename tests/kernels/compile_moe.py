@@ -183,11 +183,13 @@ def compile_hopper(
         constants |= {"STAGES": weight_stages, "BURST": burst_of(weight_stages), "REDUCE": reduce, "MIN_STAGES": 2}
         constants |= {} if reduce else {"partial_ptr": None, "count_ptr": None}
     else:
-        constants |= {"WEIGHT_STAGES": weight_stages, "GROUP": 8}
+        constants |= {"WEIGHT_STAGES": weight_stages}
         if not long:
-            constants |= {"X_STAGES": x_stages, "BY_WORD": by_word, **({} if gather else {"x_ptr": None})}
+            constants |= {"GROUP": 8, "X_STAGES": x_stages, "BY_WORD": by_word, **({} if gather else {"x_ptr": None})}
     if not long:
         constants["WARPS"] = warps
+    if operand_order:
+        constants["out_desc"] = None
     if not fp8:
         constants |= {"fold_ptr": None, "token_ptr": None}
     parts = 2 if act == 2 else 1
@@ -195,6 +197,7 @@ def compile_hopper(
     element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[x]
     out = "fp16" if x == "fp16" else "bf16"
     types = {
+        "out_desc": descriptor(out, [block_m // 2, rows], gl.float16 if out == "fp16" else gl.bfloat16),
         "w_desc": descriptor("i32", [parts, rows, 32 if small or short else 16], gl.int32),
         "s_desc": descriptor("i16", [parts, rows, 8], gl.int16),
         "x_desc": descriptor(x, [block_m, 128 if fp8 else 64], element),
@@ -205,6 +208,7 @@ def compile_hopper(
         **dict.fromkeys(("count_ptr", "live_ptr", "tile_to_expert", "offsets"), "*i32"),
     }
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = ("x_ptr", "out_ptr", "fold_ptr", "row_ptr", "token_ptr", "bias_ptr", "partial_ptr", "N")
     attributes = {

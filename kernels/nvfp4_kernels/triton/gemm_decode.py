@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_compat import thread_barrier, tma_load, wait_for_previous_kernel
 from .hopper import (
     decode_part,
-    fold_pairs,
+    load_fold,
+    pairs_of_fold,
     part_of,
     scaled,
     store_direct,
@@ -106,7 +107,7 @@ def gemm_decode(
         tile = unit // split
         fold = None
         if FP8:
-            fold = fold_pairs(fold_ptr, tile // m_tiles * BN, N, BN, PAIRS)
+            fold = pairs_of_fold(load_fold(fold_ptr, tile // m_tiles * BN, N, BN, PAIRS), PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
         _, count = part_of(unit % split, stages, split)
         for _stage in range(count):

@@ -23,8 +23,10 @@ from .hopper import (
     GROUP_WORDS,
     add_parts,
     decode_part,
-    fold_pairs,
+    load_fold,
+    load_scales,
     load_x,
+    pairs_of_fold,
     retire_products,
     share_of,
     store_tile,
@@ -98,13 +100,12 @@ def _group(
     n_tiles = gl.cdiv(N, 2 * BN)
     m_tiles = gl.cdiv(M, BM)
     stride = gl.num_programs(0)
-    # The loads run ahead of the products, across units: cursors of the weight stage to load next, and of the one whose x is.
+    # The copies of weights run ahead of the products, across units.
     w_unit = gl.program_id(0)
-    x_unit = w_unit
-    w_tile, m_tile, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
-    x_k = w_k * PER_WEIGHT_STAGE + HALF
-    x_left = w_left
-    next_m0 = m_tile * BM
+    next_n, next_m, next_k, next_count = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+    w_tile = next_n
+    w_k = next_k
+    w_left = next_count
     for i in gl.static_range(WEIGHT_STAGES):
         _load_weights(w_desc, s_desc, words, scales, w_full, w_tile * 2 * BN + HALF * BN, w_k, i, w_unit < units)
         w_k += 1
@@ -112,9 +113,12 @@ def _group(
         if w_left == 0:
             w_unit += stride
             w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+    next_fold = gl.full([BN], 1.0, gl.float32, gl.SliceLayout(1, GROUP_PAIRS))
+    if FP8:
+        next_fold = load_fold(fold_ptr, next_n * 2 * BN + HALF * BN, N, BN, GROUP_PAIRS)
     # The first weights are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
-    load_x(x_desc, x_ring, x_full, next_m0, x_k, HALF, True)
+    load_x(x_desc, x_ring, x_full, next_m * BM, next_k * PER_WEIGHT_STAGE + HALF, HALF, True)
     own_pair = 1
     own_phase = 1  # the first time around, slots are free
     w_slot = 0
@@ -122,23 +126,39 @@ def _group(
     pair = 0
     x_phase = 0
     for unit in range(gl.program_id(0), units, stride):
-        n_tile, m_tile, _, count = share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
-        n0 = n_tile * 2 * BN + HALF * BN
-        m0 = m_tile * BM
+        n0 = next_n * 2 * BN + HALF * BN
+        m0 = next_m * BM
+        x_k = next_k * PER_WEIGHT_STAGE + HALF
+        count = next_count
+        whole_tile = True
+        if REDUCE:
+            whole_tile = unit < whole
         fold = None
         if FP8:
-            fold = fold_pairs(fold_ptr, n0, N, BN, GROUP_PAIRS)
+            fold = pairs_of_fold(next_fold, GROUP_PAIRS)
+        if unit + stride < units:
+            next_n, next_m, next_k, next_count = share_of(unit + stride, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+            if FP8:
+                next_fold = load_fold(fold_ptr, next_n * 2 * BN + HALF * BN, N, BN, GROUP_PAIRS)
+        tile_scales = None
+        if BULK_STORE:
+            # Not for a share of a tile: it gets its own.
+            rows = N
+            columns = M
+            if REDUCE:
+                rows = gl.where(whole_tile, N, 0)
+                columns = gl.where(whole_tile, M, 0)
+            tile_scales = load_scales(
+                n0, m0, rows, columns, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride, ACC, FP8, TOKEN, BIAS
+            )
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
         mbarrier.wait(w_full.index(w_slot), w_phase)
         w, s = _operand(read_words, scales, w_slot, 0)
         for step in range(count):
-            next_x_k = x_k + PER_WEIGHT_STAGE
-            x_left -= 1
-            if x_left == 0:
-                x_unit += stride
-                _, x_tile, next_x_k, x_left = share_of(x_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
-                next_m0 = x_tile * BM
-                next_x_k = next_x_k * PER_WEIGHT_STAGE + HALF
+            last = step == count - 1
+            next_row = gl.where(last, next_m * BM, m0)
+            next_x_k = gl.where(last, next_k * PER_WEIGHT_STAGE + HALF, x_k + PER_WEIGHT_STAGE)
+            next_live = (step < count - 1) | (unit + stride < units)
             next_w_slot = w_slot + 1
             next_w_phase = w_phase
             if next_w_slot == WEIGHT_STAGES:
@@ -146,8 +166,8 @@ def _group(
                 next_w_phase ^= 1
             token, w, s, pair, x_phase, own_pair, own_phase = _stage(
                 token, w, s, fold, read_words, scales, w_full, x_desc, x_ring, x_full, x_empty, w_slot, next_w_slot,
-                next_w_phase, pair, x_phase, own_pair, own_phase, m0, x_k, next_m0, next_x_k, x_unit < units, step > 0,
-                step == count - 1, HALF, ACC,
+                next_w_phase, pair, x_phase, own_pair, own_phase, m0, x_k, next_row, next_x_k, next_live, step > 0, last,
+                HALF, ACC,
             )  # fmt: skip
             x_k = next_x_k
             # All four warps have read this stage's weights: before the last barrier.
@@ -163,12 +183,9 @@ def _group(
         thread_barrier()
         mbarrier.arrive(x_empty.index(2 * (pair ^ 1) + 1), count=1)
 
-        whole_tile = True
-        if REDUCE:
-            whole_tile = unit < whole
         if whole_tile:
             store_tile(
-                acc, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
+                acc, tile_scales, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
                 token_stride, FP8, TOKEN, BIAS, BULK_STORE,
             )  # fmt: skip
         if REDUCE:  # noqa: SIM102

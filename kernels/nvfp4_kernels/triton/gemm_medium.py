@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_compat import thread_barrier, tma_load, tma_store_wait, wait_for_previous_kernel
-from .hopper import GROUP_PAIRS, GROUP_WORDS, add_parts, decode_part, fold_pairs, share_of, store_tile
+from .hopper import GROUP_PAIRS, GROUP_WORDS, add_parts, decode_part, load_fold, pairs_of_fold, share_of, store_tile
 
 
 @gluon.jit
@@ -58,7 +58,7 @@ def _multiply(
         n0 = n_tile * 2 * BN + HALF * BN
         fold = None
         if FP8:
-            fold = fold_pairs(fold_ptr, n0, N, BN, GROUP_PAIRS)
+            fold = pairs_of_fold(load_fold(fold_ptr, n0, N, BN, GROUP_PAIRS), GROUP_PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
         mbarrier.wait(w_full.index(w_slot), w_phase)
         w, s = _operand(words, scales, w_slot, 0, HALF)
@@ -101,8 +101,8 @@ def _multiply(
             whole_tile = unit < whole
         if whole_tile:
             store_tile(
-                acc, n0, m_tile * BM, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
-                token_stride, FP8, TOKEN, BIAS, BULK_STORE,
+                acc, None, n0, m_tile * BM, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr,
+                row_stride, token_stride, FP8, TOKEN, BIAS, BULK_STORE,
             )  # fmt: skip
         if REDUCE:  # noqa: SIM102
             if not whole_tile:

@@ -237,12 +237,18 @@ def decode_part(
 
 
 @gluon.jit
-def fold_pairs(fold_ptr, n0, N, BN: gl.constexpr, LAYOUT: gl.constexpr):
-    """2^-fold of rows n0 .. n0 + BN as pairs of f16, int32 [BN, 4]. A fold is a power of two from 2^-15 to 2^3: exact."""
+def load_fold(fold_ptr, n0, N, BN: gl.constexpr, LAYOUT: gl.constexpr):
+    """2^fold of rows n0 .. n0 + BN, for `pairs_of_fold`."""
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
-    fold = 1.0 / gl.load(fold_ptr + n, mask=n < N, other=1.0)
-    bits = fold.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    pairs, _ = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), gl.zeros([BN, 4], gl.int32, LAYOUT))
+    return gl.load(fold_ptr + n, mask=n < N, other=1.0)
+
+
+@gluon.jit
+def pairs_of_fold(fold, LAYOUT: gl.constexpr):
+    """2^-fold of rows as pairs of f16, int32 [rows, 4] in LAYOUT. A fold is a power of two from 2^-15 to 2^3: exact."""
+    inverse = 1.0 / fold
+    bits = inverse.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    pairs, _ = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), gl.zeros([fold.shape[0], 4], gl.int32, LAYOUT))
     return pairs
 
 
@@ -279,16 +285,25 @@ def share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP: gl.constexpr, 
 
 
 @gluon.jit
-def _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE: gl.constexpr, FP8: gl.constexpr):
-    """What the products of features n are multiplied by, for all tokens alike."""
-    row = gl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
+def _product_of(row, fold, DTYPE: gl.constexpr, FP8: gl.constexpr):
+    """What products are multiplied by for all tokens alike: row scale and fold, or what decoding to 16 bits divides by."""
     if FP8:
-        row *= gl.load(fold_ptr + n, mask=n < N, other=0.0)
+        row *= fold
     elif gl.float16 == DTYPE:
         row *= 128.0
     else:
         row *= 256.0
     return row
+
+
+@gluon.jit
+def _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE: gl.constexpr, FP8: gl.constexpr):
+    """`_product_of` features n."""
+    row = gl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
+    fold = row
+    if FP8:
+        fold = gl.load(fold_ptr + n, mask=n < N, other=0.0)
+    return _product_of(row, fold, DTYPE, FP8)
 
 
 @gluon.jit
@@ -339,11 +354,39 @@ def pieces_of(values, PIECES: gl.constexpr):
 
 
 @gluon.jit
+def load_scales(
+    n0, m0, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+    ACC: gl.constexpr, FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """What `store_tile` multiplies a tile's sums [64, tokens] in ACC by, and adds to them: row scales, folds, token scales and
+    bias, loaded while the tile is multiplied. A load that is waited for takes as long as the products of 128 values.
+    """
+    BM: gl.constexpr = ACC.instr_shape[1]
+    n = n0 + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+    m = m0 + gl.arange(0, BM, gl.BlockedLayout([1], [32], [4], [0]))  # once for all of its columns
+    row = gl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
+    fold = row
+    if FP8:
+        fold = gl.load(fold_ptr + n, mask=n < N, other=0.0)
+    token = row
+    if TOKEN:
+        token = gl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)
+    bias = row
+    if BIAS:
+        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
+    return row, fold, token, bias
+
+
+@gluon.jit
 def store_tile(
-    acc, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
+    acc, scales, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
     FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr, BULK_STORE: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a whole tile: its sums [features, tokens] to rows m0.., columns n0.. of out [M, N], half at a time."""
+    """The epilogue of a whole tile: its sums [features, tokens] to rows m0.., columns n0.. of out [M, N], half at a time.
+
+    scales: of `load_scales`, or None; what does not go in bulk is scaled by what is loaded here.
+    """
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     # What does not go in bulk goes in pieces: the addresses of one are out of the registers when the next one's are made.
     SCALED: gl.constexpr = 1 if BULK_STORE else 8
     TOKENS: gl.constexpr = acc.shape[1] // SCALED
@@ -351,10 +394,18 @@ def store_tile(
     for i in gl.static_range(SCALED):
         n = n0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, pieces[i].type.layout))
         m = m0 + i * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, pieces[i].type.layout))
-        result = scaled(
-            pieces[i], n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride,
-            out_ptr.dtype.element_ty, FP8, TOKEN, BIAS,
-        )  # fmt: skip
+        if BULK_STORE and scales is not None:
+            row, fold, token, bias = scales
+            result = acc * _product_of(row, fold, DTYPE, FP8)[:, None]
+            if TOKEN:
+                result *= gl.convert_layout(token, gl.SliceLayout(0, acc.type.layout))[None, :]
+            if BIAS:
+                result += bias.to(gl.float32)[:, None]
+            result = result.to(DTYPE)
+        else:
+            result = scaled(
+                pieces[i], n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride, DTYPE, FP8, TOKEN, BIAS
+            )
         if BULK_STORE:
             halves = pieces_of(result, 2)
             for half in gl.static_range(2):

@@ -174,9 +174,11 @@ def grouped_gemm(
         )  # fmt: skip
     elif long:
         options["num_warps"] = warps // 2  # which start the others
+        out_box = None if operand_order else descriptor(out, (block_m // 2, columns // 2))
         launch(
-            grouped_gemm_long_kernel, (min(units, processors),), *operands, *maps, stages, n_tiles, *strides,
-            WEIGHT_STAGES=weight_stages, GROUP=8, **options,
+            grouped_gemm_long_kernel, (min(units, processors),),
+            *operands[:3], out_box, *operands[3:], *maps, stages, n_tiles, *strides,
+            WEIGHT_STAGES=weight_stages, **options,
         )  # fmt: skip
     else:
         launch(

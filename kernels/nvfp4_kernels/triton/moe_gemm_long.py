@@ -17,42 +17,44 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .gluon_compat import thread_barrier
-from .hopper import decode_part, load_x, pieces_of, retire_products, tile_of
+from .gluon_compat import thread_barrier, tma_store, tma_store_wait
+from .hopper import decode_part, load_x, pairs_of_fold, pieces_of, retire_products
 from .moe_hopper import (
-    finish,
+    activated,
     load_factors,
     load_fold,
     load_weights,
     pairs_layout,
-    pairs_of_fold,
     product_of,
     rows_layout,
     scales_of_slot,
+    store_rows,
     weight_rows,
     weight_slots,
     words_of_slot,
 )
 
-_M_TILES = gl.constexpr(16)  # whose rows of x stay in the L2 cache while they meet all weights of their experts
+_M_TILES = gl.constexpr(16)  # that meet a tile of weights one after the other, in whatever experts they are
 
 
 @gluon.jit
-def _tile(unit, tile_to_expert, tiles, n_tiles, BM: gl.constexpr, GROUP: gl.constexpr):
+def _tile(unit, tile_to_expert, tiles, n_tiles, BM: gl.constexpr):
     """(expert, tile along n, first row of x) of a unit of work; units past the last one's count as its own."""
     unit = gl.minimum(unit, tiles * n_tiles - 1)
     part = unit // (_M_TILES * n_tiles)
-    n_tile, m_tile = tile_of(unit - part * _M_TILES * n_tiles, n_tiles, gl.minimum(tiles - part * _M_TILES, _M_TILES), GROUP)
-    m_tile += part * _M_TILES
+    unit -= part * _M_TILES * n_tiles
+    m_tiles = gl.minimum(tiles - part * _M_TILES, _M_TILES)
+    n_tile = unit // m_tiles
+    m_tile = part * _M_TILES + unit - n_tile * m_tiles
     return gl.load(tile_to_expert + m_tile), n_tile, m_tile * BM
 
 
 @gluon.jit
 def _group(
-    w_desc, s_desc, x_desc, words, scales, read_words, read_scales, x_ring, w_full, x_full, x_empty,
+    w_desc, s_desc, x_desc, words, scales, read_words, read_scales, x_ring, w_full, x_full, x_empty, staging, out_desc,
     out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
     offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
-    HALF: gl.constexpr, BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, GROUP: gl.constexpr,
+    HALF: gl.constexpr, BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: every second half tile along n, and the x stages of this parity."""
@@ -78,8 +80,8 @@ def _group(
     # What a tile needs of memory but x and weights is loaded while the tile before it is multiplied, its place in the matrices
     # two tiles before: a load that is waited for takes as long as the products of 128 values.
     first = gl.program_id(0)
-    expert, n_tile, m0 = _tile(first, tile_to_expert, tiles, n_tiles, BM, GROUP)
-    next_expert, next_n, next_m0 = _tile(first + stride, tile_to_expert, tiles, n_tiles, BM, GROUP)
+    expert, n_tile, m0 = _tile(first, tile_to_expert, tiles, n_tiles, BM)
+    next_expert, next_n, next_m0 = _tile(first + stride, tile_to_expert, tiles, n_tiles, BM)
     # The copies of weights run ahead of the products, across tiles. At the start of one they are in the same or in the next.
     a_tile_ahead = WEIGHT_STAGES // k_stages > 0
     expert = gl.maximum(expert, 0)  # without any tile there is none, and nothing happens below
@@ -109,11 +111,11 @@ def _group(
     pair = 0
     x_phase = 0
     for unit in range(first, units, stride):
-        after_expert, after_n, after_m0 = _tile(unit + 2 * stride, tile_to_expert, tiles, n_tiles, BM, GROUP)
+        after_expert, after_n, after_m0 = _tile(unit + 2 * stride, tile_to_expert, tiles, n_tiles, BM)
         half_n = 2 * n_tile + HALF
         fold = None
         if FP8:
-            fold = pairs_of_fold(next_fold, WARPS)
+            fold = pairs_of_fold(next_fold, pairs_layout(WARPS))
             next_fold = load_fold(fold_ptr, next_expert, (2 * next_n + HALF) * COLUMNS, second, N, WARPS)
         row = weight_rows(half_n * COLUMNS, second, WARPS, PART_ACC)
         factors = load_factors(
@@ -122,7 +124,10 @@ def _group(
         live = ()
         token_scale = ()
         for half in gl.static_range(2):
-            live = live + (gl.load(live_ptr + m0 + half * PART + part_row),)  # type: ignore[assignment]  # noqa: RUF005
+            at = m0 + half * PART
+            if OPERAND_ORDER:
+                at += part_row
+            live = live + (gl.load(live_ptr + at),)  # type: ignore[assignment]  # noqa: RUF005
             if token_ptr is not None:
                 token_scale = token_scale + (gl.load(token_ptr + m0 + half * PART + part_row),)  # type: ignore[assignment]  # noqa: RUF005
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
@@ -166,32 +171,42 @@ def _group(
             scale = gl.full([PART], 1.0, gl.float32, gl.SliceLayout(0, PART_ACC))
             if token_ptr is not None:
                 scale = gl.convert_layout(token_scale[half], gl.SliceLayout(0, PART_ACC))
-            finish(
-                gl.convert_layout(halves[half], PART_ACC, assert_trivial=True), factor, scale,
-                gl.convert_layout(live[half], gl.SliceLayout(1, rows_layout(COLUMNS, WARPS, OPERAND_ORDER))) >= 0,
-                out_ptr, bias_ptr, expert, row, half_n, m0 + half * PART, N, out_stride, PART, WARPS, ACT, ACT_FN,
-                OPERAND_ORDER,
+            values = activated(
+                gl.convert_layout(halves[half], PART_ACC, assert_trivial=True), factor, scale, bias_ptr, expert, row, N,
+                out_ptr.dtype.element_ty, WARPS, ACT, ACT_FN,
             )  # fmt: skip
+            part_m0 = m0 + half * PART
+            if OPERAND_ORDER:
+                keep = gl.convert_layout(live[half], gl.SliceLayout(1, rows_layout(COLUMNS, WARPS, True))) >= 0
+                store_rows(values, keep, out_ptr, half_n, part_m0, N // 2 if ACT == 2 else N, out_stride, WARPS, True)
+            else:
+                tma_store_wait(0)
+                staging.permute((1, 0)).store(values)
+                fence_async_shared()
+                if live[half] >= 0:  # padding comes last
+                    tma_store(out_desc, [part_m0, half_n * COLUMNS], staging)
         expert = next_expert
         n_tile = next_n
         m0 = next_m0
         next_expert = after_expert
         next_n = after_n
         next_m0 = after_m0
+    if not OPERAND_ORDER:
+        tma_store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n_tiles"])
 def grouped_gemm_long_kernel(
-    w_desc, s_desc, x_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
-    offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
-    BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr, GROUP: gl.constexpr,
+    w_desc, s_desc, x_desc, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr,
+    tile_to_expert, offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
+    BM: gl.constexpr, WEIGHT_STAGES: gl.constexpr,
     ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
 ):  # fmt: skip
     """`grouped_gemm_kernel` for many rows, persistent: a block a multiprocessor, whose loads run ahead across tiles.
 
     256 rows halve what decoding costs a product, and leave no room for a second block. Boxes of w_desc and s_desc are half a
-    tile's, for four warps; n_tiles counts whole tiles, of eight; k_stages is 2 or more. Launched with four warps; four more
-    are started here.
+    tile's, for four warps, that of out_desc is half a tile's rows by as many columns; n_tiles counts whole tiles, of eight;
+    k_stages is 2 or more. Launched with four warps; four more are started here.
     """
     X_STAGES: gl.constexpr = 4  # two of each parity
     words0, scales0, read_words0, read_scales0 = weight_slots(w_desc, s_desc, WEIGHT_STAGES, 4)
@@ -207,21 +222,27 @@ def grouped_gemm_long_kernel(
     for i in gl.static_range(X_STAGES):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=2)
+    if OPERAND_ORDER:
+        staging0 = x_ring
+        staging1 = x_ring
+    else:
+        staging0 = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [BM // 2, out_desc.block_type.shape[1]], out_desc.layout)
+        staging1 = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [BM // 2, out_desc.block_type.shape[1]], out_desc.layout)
     fence_async_shared()
     thread_barrier()
     gl.warp_specialize(
         [
             (_group, (
                 w_desc, s_desc, x_desc, words0, scales0, read_words0, read_scales0, x_ring, w_full0, x_full, x_empty,
-                out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+                staging0, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
                 offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
-                0, BM, WEIGHT_STAGES, GROUP, ACT, ACT_FN, OPERAND_ORDER,
+                0, BM, WEIGHT_STAGES, ACT, ACT_FN, OPERAND_ORDER,
             )),
             (_group, (
                 w_desc, s_desc, x_desc, words1, scales1, read_words1, read_scales1, x_ring, w_full1, x_full, x_empty,
-                out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
+                staging1, out_desc, out_ptr, fold_ptr, row_ptr, token_ptr, input_scale_ptr, bias_ptr, live_ptr, tile_to_expert,
                 offsets, N, out_stride, k_stages, n_tiles, experts, row_expert, row_stride, input_scale_expert,
-                1, BM, WEIGHT_STAGES, GROUP, ACT, ACT_FN, OPERAND_ORDER,
+                1, BM, WEIGHT_STAGES, ACT, ACT_FN, OPERAND_ORDER,
             )),
         ],
         [4],

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .activation_hopper import silu_times
 from .gluon_compat import copy_async, reinterpret, tma_load
+from .hopper import pairs_of_fold
 from .moe_combine import gated, ungated
 
 
@@ -158,25 +159,15 @@ def weight_slots(w_desc, s_desc, STAGES: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def load_fold(fold_ptr, expert, column0, second, N, WARPS: gl.constexpr):
-    """2^fold of the tile's rows, for `pairs_of_fold`."""
+    """2^fold of the tile's rows, for `hopper.pairs_of_fold`."""
     row = weight_rows(column0, second, WARPS, pairs_layout(WARPS))
     return gl.load(fold_ptr + (expert.to(gl.int64) * N + row), mask=row < N, other=1.0)
 
 
 @gluon.jit
-def pairs_of_fold(fold, WARPS: gl.constexpr):
-    """2^-fold of the tile's rows as pairs of f16, int32 [16 * WARPS, 4]. A fold is a power of two from 2^-15 to 2^3: exact."""
-    LAYOUT: gl.constexpr = pairs_layout(WARPS)
-    inverse = 1.0 / fold
-    bits = inverse.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    pairs, _ = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), gl.zeros([16 * WARPS, 4], gl.int32, LAYOUT))
-    return pairs
-
-
-@gluon.jit
 def fold_pairs(fold_ptr, expert, column0, second, N, WARPS: gl.constexpr):
     """`pairs_of_fold` of the tile's rows."""
-    return pairs_of_fold(load_fold(fold_ptr, expert, column0, second, N, WARPS), WARPS)
+    return pairs_of_fold(load_fold(fold_ptr, expert, column0, second, N, WARPS), pairs_layout(WARPS))
 
 
 @gluon.jit
@@ -241,12 +232,12 @@ def live_rows(live_ptr, m0, BM: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.c
 
 
 @gluon.jit
-def finish(
-    acc, factor, token_scale, live, out_ptr, bias_ptr, expert, row, n_tile, m0, N, out_stride,
-    BM: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+def activated(
+    acc, factor, token_scale, bias_ptr, expert, row, N, DTYPE: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr,
+    ACT_FN: gl.constexpr,
 ):  # fmt: skip
-    """Scale, bias, rounding and activation function of products [16 * WARPS, BM]; the rows that are `live` go to `out`."""
-    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    """Scale, bias, rounding and activation function of products [16 * WARPS, BM]: [columns of the result, BM]."""
+    BM: gl.constexpr = acc.shape[1]
     COLUMNS: gl.constexpr = 8 * WARPS if ACT == 2 else 16 * WARPS
     result = acc * factor[:, None] * token_scale[None, :]
     if bias_ptr is not None:
@@ -264,8 +255,17 @@ def finish(
         values = gl.reshape(gl.permute(result, [1, 0, 2, 3]), [COLUMNS, BM])
         if ACT == 1:
             values = ungated(values.to(gl.float32), ACT_FN).to(DTYPE)
+    return values
+
+
+@gluon.jit
+def store_rows(
+    values, live, out_ptr, n_tile, m0, width, out_stride, WARPS: gl.constexpr, OPERAND_ORDER: gl.constexpr
+):  # fmt: skip
+    """Values [columns, BM] of tile `n_tile` along the `width` columns to the rows m0.. of out that are `live`."""
+    COLUMNS: gl.constexpr = values.shape[0]
+    BM: gl.constexpr = values.shape[1]
     values = gl.permute(values, [1, 0])
-    width = N // 2 if ACT == 2 else N
     if OPERAND_ORDER:
         # The next GEMM reads whole stages: zeros follow the row.
         VALUES: gl.constexpr = values.type.layout
@@ -288,6 +288,16 @@ def finish(
         column = n_tile * COLUMNS + column
         inside = (column < width)[None, :]
         gl.store(out_ptr + out_row[:, None] * out_stride + column[None, :], values, mask=live[:, None] & inside)
+
+
+@gluon.jit
+def finish(
+    acc, factor, token_scale, live, out_ptr, bias_ptr, expert, row, n_tile, m0, N, out_stride,
+    BM: gl.constexpr, WARPS: gl.constexpr, ACT: gl.constexpr, ACT_FN: gl.constexpr, OPERAND_ORDER: gl.constexpr,
+):  # fmt: skip
+    """`activated` products [16 * WARPS, BM], stored."""
+    values = activated(acc, factor, token_scale, bias_ptr, expert, row, N, out_ptr.dtype.element_ty, WARPS, ACT, ACT_FN)
+    store_rows(values, live, out_ptr, n_tile, m0, N // 2 if ACT == 2 else N, out_stride, WARPS, OPERAND_ORDER)
 
 
 @gluon.jit
