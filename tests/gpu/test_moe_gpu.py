@@ -204,7 +204,7 @@ def test_layer(mode, sizes, m):
 def test_layer_that_gathers_its_rows(mode, sizes, m, top_k, experts):
     from nvfp4_kernels.triton import moe, moe_gemm_hopper
 
-    assert moe_gemm_hopper.gathers(moe._block_m(m * top_k, experts, *sizes, True), top_k, 2 * sizes[1])
+    assert moe_gemm_hopper.gathers(moe._block_m(m * top_k, experts, *sizes, True, mode == "fp8_per_token"), top_k, 2 * sizes[1])
     arguments = layer(mode, experts, sizes)
     x, weights, ids = tokens(m, top_k, experts, sizes[0])
     whole = check(x, weights, ids, arguments)

@@ -83,7 +83,7 @@ def _operand(name: str, mode: str, out: str, **constants: Any) -> Row:
 def _place(name: str, bins: int, all_slots: int, arch: int) -> Row:
     pointers = ("ids", "expert_map", "expanded_to_permuted", "permuted_to_token", "expert_offsets", "tile_to_expert")
     types = dict.fromkeys(pointers, "*i32")
-    types |= dict.fromkeys(("slots", "chunk", "chunks", "experts", "global_experts", "tiles"), "i32")
+    types |= dict.fromkeys(("slots", "chunks", "experts", "global_experts", "tiles"), "i32")
     constants: dict[str, Any] = {
         "TOP_K": 8,
         "BLOCK_M": 16,
@@ -95,9 +95,9 @@ def _place(name: str, bins: int, all_slots: int, arch: int) -> Row:
         "PDL": arch >= 90,
     }
     if all_slots:
-        constants["counts"] = None
+        constants |= {"counts": None, "totals": None}
     else:
-        types["counts"] = "*i32"
+        types |= {"counts": "*i32", "totals": "*i32"}
     return Row(name, "moe_routing:place_kernel", types, constants, pointers, 4 if all_slots else 8)
 
 
@@ -116,10 +116,17 @@ def rows(arch: int) -> list[Row]:
         Row(
             "count",
             "moe_routing:count_kernel",
-            {"ids": "*i64", "counts": "*i32", **dict.fromkeys(("slots", "chunk", "experts", "global_experts"), "i32")},
+            {"ids": "*i64", "counts": "*i32", **dict.fromkeys(("slots", "experts", "global_experts"), "i32")},
             {"expert_map": None, "HAS_MAP": False, "BINS": 512, "STEP": 128},
             ("ids", "counts"),
             8,
+        ),
+        Row(
+            "scan",
+            "moe_routing:scan_kernel",
+            {"counts": "*i32", "totals": "*i32", "chunks": "i32"},
+            {"BINS": 256, "WIDTH": 8, "CHUNKS": 256},
+            ("counts", "totals"),
         ),
         Row(
             "combine",

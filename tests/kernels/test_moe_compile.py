@@ -33,9 +33,9 @@ def of(compiled: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def test_no_local_memory(compiled):
     for one in compiled:
         assert one["LOCAL"] == 0
-        # Triton 3.9 puts one value there, two of 256 rows, ten for a short K; products of 128 rows by words what only their
+        # Triton 3.9 puts one value there, six of 256 rows, ten for a short K; products of 128 rows by words what only their
         # epilogue needs.
-        most = 192 if one.get("by_word") else 40 if "short" in one["name"] else 16 if one.get("rows") == 256 else 8
+        most = 192 if one.get("by_word") else 40 if "short" in one["name"] else 24 if one.get("rows") == 256 else 8
         assert one["STACK"] <= most, (one["name"], one["arch"])
 
 
@@ -72,7 +72,7 @@ def test_hopper_decodes_without_shuffles(compiled):
             assert "wgmma.mma_async.sync.aligned.m64" in ptx
             assert ".e4m3.e4m3" in ptx
         # The decoded weights go into the product from registers: what is stored to shared memory is the epilogue's.
-        assert ptx.count("st.shared") <= (18 if one["rows"] == 256 else 8), one["name"]  # there, of two groups of warps
+        assert ptx.count("st.shared") <= (22 if one["rows"] == 256 else 8), one["name"]  # there, of two groups of warps
 
 
 def test_blocks_of_the_hopper_kernels_fit_a_multiprocessor(compiled):

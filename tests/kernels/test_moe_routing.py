@@ -94,6 +94,18 @@ def test_two_launches_equal_the_twin(tokens, top_k, experts):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(600, 2, 8), (150, 9, 128), (2100, 1, 3)])
+def test_three_launches_equal_the_twin(tokens, top_k, experts, monkeypatch):
+    monkeypatch.setattr(kernels, "_MAX_CHUNKS", 4)
+    monkeypatch.setattr(kernels, "_SCAN_CHUNKS", 8)
+    test_two_launches_equal_the_twin(tokens, top_k, experts)
+
+
+def test_so_many_slots_that_there_are_three_launches():
+    assert 129 * kernels._STEP > kernels._MAX_CHUNKS * kernels._STEP
+    test_two_launches_equal_the_twin(129 * kernels._STEP - 5, 1, 40)
+
+
 def test_a_hand_worked_case():
     routing = reference.route(torch.tensor([[2, 0], [2, -1], [0, 2]]), 3, 4)
     assert routing.expanded_idx_to_permuted_idx.tolist() == [[4, 0], [5, -1], [1, 6]]

@@ -18,14 +18,16 @@ from .moe_routing import route
 _CHUNK_SLOTS = 1 << 17  # (token, slot) pairs served at once: bounds the permuted buffers
 
 
-def _block_m(slots: int, experts: int, hidden: int, inner: int, hopper: bool) -> int:
+def _block_m(slots: int, experts: int, hidden: int, inner: int, hopper: bool, fp8: bool) -> int:
     """Rows of a tile: for twice the mean slots of an expert, as far as timings on an H100 bear it out."""
     mean = slots / experts
     if hopper and mean <= (4 if experts > 16 else 2):
         return 8
-    # The shorter K is, the more of a large tile's time its epilogue takes, which only many full tiles make up for.
+    # The shorter K is, the more of a large tile's time its epilogue takes, which only full tiles make up for. In 16 bits products
+    # take twice as long and decoding does not: less to gain.
     shortest = min(hidden, inner)
-    if hopper and shortest >= 512 and mean >= (192 if shortest >= 4096 else 256 if shortest >= 1024 else 512):
+    least = 512 if not fp8 else 128 if shortest >= 4096 else 192 if shortest >= 1024 else 224
+    if hopper and shortest >= 512 and mean >= least:
         return 256
     return 16 if mean <= 8 else 32 if mean <= 20 else 64 if mean <= 48 else 128
 
@@ -133,7 +135,8 @@ def _forward(
     """One chunk of tokens, into `out`."""
     experts = w13.data.shape[0]
     hopper = moe_gemm_hopper.serves(x.device, (w13, w2), act_fn)
-    block_m = _block_m(topk_ids.numel(), experts, x.shape[1], 2 * w2.data.shape[-1], hopper)
+    fp8 = activation == "fp8_per_token"
+    block_m = _block_m(topk_ids.numel(), experts, x.shape[1], 2 * w2.data.shape[-1], hopper, fp8)
     routing = route(topk_ids, experts, block_m, expert_map)
     if len(routing.tile_to_expert) == 0:
         out.zero_()

@@ -1,8 +1,9 @@
-"""Routing metadata on the GPU: a stable counting sort of the slots by expert, in one launch or two.
+"""Routing metadata on the GPU: a stable counting sort of the slots by expert, in one launch to three.
 
-Few slots: every program counts them all, which costs less than another launch. Many: a first launch counts the experts of
-each chunk of slots. Either way a program then adds up what comes before its own chunk (nothing is accumulated in an order that
-could change) and places its slots; all share the writing of the tile map and of the padding rows.
+Few slots: every program counts them all, which costs less than another launch. More: a first launch counts the experts of
+each chunk of slots, and a program adds up what comes before its own chunk. Very many: a launch in between does that for all
+chunks. Nothing is accumulated in an order that could change. Then a program places the slots of its chunk; all share the
+writing of the tile map and of the padding rows.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from .launch import cdiv, launch, next_power_of_2
 _STEP = 128  # slots ranked at once, by comparing each with each, where there are many
 _FEW_STEP = 32  # and in one launch, where more programs are faster
 _ONE_LAUNCH = 1024  # slots up to which every program counts them all
-_MAX_CHUNKS = 128
+_MAX_CHUNKS = 64  # whose counts every program adds up by itself
+_SCAN_BINS = 8  # of a program that adds up the counts of more chunks
+_SCAN_CHUNKS = 256  # that it takes at once
 _TILES = 16  # of the tile map, a program and round
+_MAP_PROGRAMS = 128  # that write it, if not more have slots to place
 
 
 @triton.jit
@@ -33,28 +37,39 @@ def _load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP
     return tl.where((expert >= 0) & (expert < experts), expert, BINS - 1)
 
 
-@triton.jit(do_not_specialize=["slots", "chunk"])
+@triton.jit(do_not_specialize=["slots"])
 def count_kernel(
-    ids, expert_map, counts, slots, chunk, experts, global_experts,
-    HAS_MAP: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr,
+    ids, expert_map, counts, slots, experts, global_experts, HAS_MAP: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    """counts[program, :] = slots of each expert in the program's chunk."""
-    first = tl.program_id(0) * chunk
-    total = tl.zeros([BINS], tl.int32)
-    for start in range(0, chunk, STEP):
-        slot = first + start + tl.arange(0, STEP)
-        total += tl.histogram(_load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP, BINS), BINS)
-    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
+    """counts[program, :] = slots of each expert in the program's chunk of STEP."""
+    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    count = tl.histogram(_load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP, BINS), BINS)
+    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), count)
 
 
-@triton.jit(do_not_specialize=["slots", "chunk", "chunks", "tiles"])
+@triton.jit(do_not_specialize=["chunks"])
+def scan_kernel(counts, totals, chunks, BINS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """counts [chunks, BINS] become sums over the chunks before, those over all go to totals [BINS]. A program: WIDTH bins."""
+    bin = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.int32)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        at = counts + chunk[:, None] * BINS + bin[None, :]
+        count = tl.load(at, mask=(chunk < chunks)[:, None], other=0)
+        tl.store(at, total[None, :] + tl.cumsum(count, axis=0) - count, mask=(chunk < chunks)[:, None])
+        total += tl.sum(count, axis=0)
+    tl.store(totals + bin, total)
+
+
+@triton.jit(do_not_specialize=["slots", "chunks", "tiles"])
 def place_kernel(
-    ids, expert_map, counts, expanded_to_permuted, permuted_to_token, expert_offsets, tile_to_expert,
-    slots, chunk, chunks, experts, global_experts, tiles,
+    ids, expert_map, counts, totals, expanded_to_permuted, permuted_to_token, expert_offsets, tile_to_expert,
+    slots, chunks, experts, global_experts, tiles,
     TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, ALL_SLOTS: tl.constexpr, HAS_MAP: tl.constexpr, BINS: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write all four tensors of `Routing`. counts: int32 [chunks, BINS] of `count_kernel`, unused if ALL_SLOTS > 0.
+    """Write all four tensors of `Routing`. counts: int32 [chunks, BINS] of `count_kernel`, unused if ALL_SLOTS > 0; with totals
+    both are of `scan_kernel`.
 
     Programs from `chunks` on have no slots of their own and only write parts of the tile map.
     """
@@ -66,7 +81,10 @@ def place_kernel(
         any_slot = tl.arange(0, ALL_SLOTS)
         chosen = _load_experts(ids, expert_map, any_slot, slots, experts, global_experts, HAS_MAP, BINS)
         total = tl.histogram(chosen, BINS)
-        before = tl.histogram(tl.where(any_slot < program * chunk, chosen, BINS - 1), BINS)
+        before = tl.histogram(tl.where(any_slot < program * STEP, chosen, BINS - 1), BINS)
+    elif totals is not None:
+        total = tl.load(totals + bins)
+        before = tl.load(counts + tl.minimum(program, chunks - 1) * BINS + bins)
     else:
         total = tl.zeros([BINS], tl.int32)
         before = tl.zeros([BINS], tl.int32)
@@ -85,18 +103,14 @@ def place_kernel(
         tl.store(expert_offsets + bins, first_tile * BLOCK_M, mask=bins <= experts)
 
     if program < chunks:
-        next_row = first_tile * BLOCK_M + before
         lane = tl.arange(0, STEP)
-        for start in range(0, chunk, STEP):
-            slot = program * chunk + start + lane
-            expert = _load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP, BINS)
-            earlier = (expert[:, None] == expert[None, :]) & (lane[:, None] > lane[None, :])
-            row = tl.gather(next_row, expert, 0) + tl.sum(earlier.to(tl.int32), axis=1)
-            live = (expert < experts) & (slot < slots)
-            tl.store(expanded_to_permuted + slot, tl.where(live, row, -1), mask=slot < slots)
-            tl.store(permuted_to_token + row, slot // TOP_K, mask=live)
-            if start + STEP < chunk:
-                next_row += tl.histogram(expert, BINS)
+        slot = program * STEP + lane
+        expert = _load_experts(ids, expert_map, slot, slots, experts, global_experts, HAS_MAP, BINS)
+        earlier = (expert[:, None] == expert[None, :]) & (lane[:, None] > lane[None, :])
+        row = tl.gather(first_tile * BLOCK_M + before, expert, 0) + tl.sum(earlier.to(tl.int32), axis=1)
+        live = (expert < experts) & (slot < slots)
+        tl.store(expanded_to_permuted + slot, tl.where(live, row, -1), mask=slot < slots)
+        tl.store(permuted_to_token + row, slot // TOP_K, mask=live)
 
     num_tiles = tl.sum(expert_tiles, axis=0)
     for start in range(program * TILES, tiles, tl.num_programs(0) * TILES):
@@ -135,23 +149,26 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
     at_once = _TILES // 2 if few else _TILES
     shared = {"HAS_MAP": expert_map is not None, "BINS": bins, "STEP": step, "num_warps": warps}
     global_experts = 0 if expert_map is None else expert_map.numel()
-    if slots <= _ONE_LAUNCH:
-        chunk, counts = step, None
-    else:
-        chunk = cdiv(cdiv(slots, _MAX_CHUNKS), _STEP) * _STEP
-    chunks = cdiv(slots, chunk)
+    chunks = cdiv(slots, step)
+    counts, totals = None, None
     if slots > _ONE_LAUNCH:
         counts = topk_ids.new_empty((chunks, bins), dtype=torch.int32)
-        launch(count_kernel, (chunks,), topk_ids, expert_map, counts, slots, chunk, experts, global_experts, **shared)
+        launch(count_kernel, (chunks,), topk_ids, expert_map, counts, slots, experts, global_experts, **shared)
+    if chunks > _MAX_CHUNKS:
+        totals = topk_ids.new_empty((bins,), dtype=torch.int32)
+        launch(
+            scan_kernel, (cdiv(bins, _SCAN_BINS),), counts, totals, chunks,
+            BINS=bins, WIDTH=_SCAN_BINS, CHUNKS=_SCAN_CHUNKS, num_warps=4,
+        )  # fmt: skip
     launch(
         place_kernel,
-        (max(chunks, min(_MAX_CHUNKS, cdiv(tiles, at_once))),),
+        (max(chunks, min(_MAP_PROGRAMS, cdiv(tiles, at_once))),),
         topk_ids,
         expert_map,
         counts,
+        totals,
         *result,
         slots,
-        chunk,
         chunks,
         experts,
         global_experts,
