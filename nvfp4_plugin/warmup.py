@@ -98,7 +98,7 @@ def warm_up_fused_linear(
             return
         weight = torch.ones(k, dtype=dtype, device=device)
         call(ops.rms_norm_linear, x, weight, 1e-6)
-        call(ops.add_rms_norm_linear, x, x, weight, 1e-6)
+        call(ops.add_rms_norm_linear, x, torch.zeros_like(x), weight, 1e-6)
 
     _warm_up(f"layers of {n} x {k} behind {kind}", device, _LINEAR_ROWS, run, dtype, *variant)
 

@@ -23,8 +23,8 @@ def _block_m(slots: int, experts: int, hidden: int, inner: int, hopper: bool, fp
     mean = slots / experts
     if hopper and mean <= (4 if experts > 16 else 2):
         return 8
-    # The shorter K is, the more of a large tile's time its epilogue takes, which only full tiles make up for. In 16 bits products
-    # take twice as long and decoding does not: less to gain.
+    # The shorter K is, the more of a large tile's time its epilogue takes, which only full tiles make up for. In 16 bits
+    # products take twice as long and decoding does not: less to gain.
     shortest = min(hidden, inner)
     least = 512 if not fp8 else 128 if shortest >= 4096 else 192 if shortest >= 1024 else 224
     if hopper and shortest >= 512 and mean >= least:
