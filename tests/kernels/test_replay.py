@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nvfp4_kernels.triton import replay
-from nvfp4_kernels.triton.replay import Program, asked, launched
+from nvfp4_kernels.triton.replay import Program, asked, launched, unrepeatable
 
 
 class Hooks:
@@ -163,6 +163,11 @@ def reads_another(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def calls_another_library(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    unrepeatable("a kernel of another library")
+    return torch.empty(8)
+
+
 def returns_an_argument(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a
 
@@ -174,6 +179,7 @@ def returns_an_argument(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         (changes, "aten.zero_.default computes"),
         (launches_past, "1 kernels were not launched by launch"),
         (reads_another, "0 tensors hold an address"),
+        (calls_another_library, "of another library"),
         (returns_an_argument, "returns an argument"),
     ],
 )

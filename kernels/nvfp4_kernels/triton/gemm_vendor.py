@@ -17,6 +17,7 @@ from ..reference.source import PLAIN, Source
 from .activation import sourced
 from .launch import cdiv, launch
 from .linear import check_dtype, quantize_nvfp4
+from .replay import unrepeatable
 
 _BLOCK = 1024
 
@@ -64,6 +65,7 @@ def multiply(backend: str, codes: torch.Tensor, sf: torch.Tensor, data: torch.Te
         )
     import flashinfer
 
+    unrepeatable("FlashInfer launches kernels of its own")
     # bf16 whatever x is: unscaled products leave the range of fp16.
     kind = "cute-dsl" if backend == "cute-dsl" else "auto"
     one = torch.ones(1, dtype=torch.float32, device=codes.device)

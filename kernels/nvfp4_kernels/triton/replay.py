@@ -4,8 +4,9 @@ What a layer launches, and with which numbers, follows from the shapes it is cal
 to call, and from one layer of a model to the next. So the third call of an op with the same shapes no longer runs its Python:
 the second recorded its launches, each pointer as an offset into an argument or into the memory that the op allocated.
 
-Whatever a recording cannot repeat (an operation of torch that computes, a kernel that was not launched by `launch.launch`, an
-address that belongs to nothing known) makes the op run as it is written, with these shapes, for ever.
+Whatever a recording cannot repeat (an operation of torch that computes, a Triton kernel that was not launched by
+`launch.launch`, an address that belongs to nothing known) makes the op run as it is written, with these shapes, for ever. Who
+calls what neither torch nor Triton sees, a kernel of another library, says so by `unrepeatable`.
 """
 
 from __future__ import annotations
@@ -166,13 +167,16 @@ class Recording(TorchDispatchMode):
             self._roots.append(_Root(result))
             self._events.append(_Seen(func, args, kwargs, self._roots[-1]))
         elif not _is_view(func):
-            self._problem = self._problem or f"{func} computes"
+            self.refuse(f"{func} computes")
         return result
+
+    def refuse(self, reason: str) -> None:
+        self._problem = self._problem or reason
 
     def _allocated(self, tensor: torch.Tensor) -> None:
         shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
         if not tensor.is_contiguous():
-            self._problem = self._problem or "an allocation is not contiguous"
+            self.refuse("an allocation is not contiguous")
         make = lambda: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
         self._roots.append(_Root(tensor, make=make, movable=True))
 
@@ -189,7 +193,7 @@ class Recording(TorchDispatchMode):
     def expect_launches(self, count: int) -> None:
         """There were so many launches of Triton kernels."""
         if count != self._launches:
-            self._problem = self._problem or f"{count - self._launches} kernels were not launched by launch()"
+            self.refuse(f"{count - self._launches} kernels were not launched by launch()")
 
     def _find(self, address: int) -> tuple[_Root, int]:
         found = [root for root in self._roots if root.start <= address < root.end]
@@ -299,6 +303,13 @@ def asked(make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """make(), which a replay calls again: a tensor that outlives the call, whatever made it."""
     recording = getattr(_current, "recording", None)
     return make() if recording is None else recording.asked(make)
+
+
+def unrepeatable(reason: str) -> None:
+    """What follows cannot be replayed."""
+    recording = getattr(_current, "recording", None)
+    if recording is not None:
+        recording.refuse(reason)
 
 
 @contextlib.contextmanager
