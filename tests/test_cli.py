@@ -283,6 +283,14 @@ def test_time_calls_tells_fast_from_slow():
     assert slow.seconds >= 0.02
 
 
+def test_time_calls_tells_what_the_host_does():
+    made = []
+    timing = benchmark.time_calls([lambda: made.append(1), lambda: time.sleep(0.002)], CPU, repeats=5, host=True)
+    assert timing.timer == "host"
+    assert timing.seconds < 0.002  # three of the five are the quick one
+    assert len(made) == 3 + 3
+
+
 def _unavailable():
     raise Unavailable("not installed")
 
@@ -372,6 +380,9 @@ def test_benchmarks_run_on_the_cpu(arguments, names):
     output = invoke("bench", *arguments, "--device", "cpu", "--repeats", "2", "--json").stdout
     measured = {row["name"]: row for row in json.loads(output)["measurements"]}
     assert all(measured[name]["microseconds"] > 0 for name in names)
+    document = json.loads(invoke("bench", *arguments, "--device", "cpu", "--repeats", "2", "--json", "--host").stdout)
+    assert document["title"].endswith("what a call keeps the host")
+    assert all(row["timer"] == "host" and "GB/s" not in row for row in document["measurements"] if row["name"] in names)
 
 
 @pytest.mark.parametrize("arguments", [["linear", "--layer", "64x40"], ["quantize", "--shape", "64x40"]])

@@ -16,6 +16,7 @@ from nvfp4_plugin.cli.benchmark import (
     Call,
     Case,
     DeviceOption,
+    HostOption,
     JsonOption,
     PlotOption,
     RepeatsOption,
@@ -76,6 +77,7 @@ def linear(
     plot: PlotOption = None,
     device: DeviceOption = "auto",
     repeats: RepeatsOption = 30,
+    host: HostOption = False,
 ) -> None:
     """x @ weight^T over an NVFP4 weight in each activation mode, beside its peers, the bf16 layer and cuBLAS's FP8 product."""
     from nvfp4_kernels.dispatch import backends
@@ -105,7 +107,7 @@ def linear(
                         flops=2 * rows * n * k,
                     )
                 )
-    run("Linear layers", cases, where, json=json, plot=plot, repeats=repeats)
+    run("Linear layers", cases, where, json=json, plot=plot, repeats=repeats, host=host)
 
 
 def _shape(name: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from nvfp4_plugin.cli.benchmark import (
     Call,
     Case,
     DeviceOption,
+    HostOption,
     JsonOption,
     PlotOption,
     RepeatsOption,
@@ -59,6 +60,7 @@ def moe(
     plot: PlotOption = None,
     device: DeviceOption = "auto",
     repeats: RepeatsOption = 30,
+    host: HostOption = False,
 ) -> None:
     """One fused layer of routed experts (silu, evenly spread routing) in each activation mode, beside its peers."""
     where = pick_device(device)
@@ -82,7 +84,7 @@ def moe(
                         flops=6 * tokens * top_k * hidden * inner,
                     )
                 )
-    run("Mixture-of-experts layers", cases, where, json=json, plot=plot, repeats=repeats)
+    run("Mixture-of-experts layers", cases, where, json=json, plot=plot, repeats=repeats, host=host)
 
 
 def _shape(name: str) -> Shape:

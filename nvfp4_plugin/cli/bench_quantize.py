@@ -12,6 +12,7 @@ from nvfp4_plugin.cli.benchmark import (
     Call,
     Case,
     DeviceOption,
+    HostOption,
     JsonOption,
     PlotOption,
     RepeatsOption,
@@ -61,6 +62,7 @@ def quantize(
     plot: PlotOption = None,
     device: DeviceOption = "auto",
     repeats: RepeatsOption = 30,
+    host: HostOption = False,
 ) -> None:
     """Quantize bf16 activations [M, K] to NVFP4, beside copies of the same bytes, torch.compile and FlashInfer."""
     where = pick_device(device)
@@ -71,7 +73,7 @@ def quantize(
     for m, k in map(_shape, shape):
         for name in only:
             cases.append(Case({"K": k, "M": m}, name, partial(_setup, name, m, k, where), bytes=int(m * k * BYTES[name])))
-    run("Quantize activations", cases, where, json=json, plot=plot, repeats=repeats)
+    run("Quantize activations", cases, where, json=json, plot=plot, repeats=repeats, host=host)
 
 
 def _shape(shape: str) -> tuple[int, int]:

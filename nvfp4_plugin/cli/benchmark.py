@@ -49,6 +49,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a plot to this PNG file.", dir_okay=False)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Timed repetitions; the median counts.")]
+HostOption = Annotated[bool, typer.Option("--host", help="Time how long a call keeps the host, not how long it takes.")]
 
 
 class Unavailable(Exception):
@@ -73,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, and how they were taken: "cuda graph", "cuda events" or "perf_counter"."""
+    """Seconds of one call, and how they were taken: "cuda graph", "cuda events", "perf_counter" or "host"."""
 
     seconds: float
     timer: str
@@ -93,6 +94,8 @@ class Measurement:
         if self.timing is None:
             return result | {"unavailable": self.reason}
         result |= {"microseconds": self.timing.seconds * 1e6, "timer": self.timing.timer}
+        if self.timing.timer == "host":
+            return result
         if self.case.bytes:
             result["GB/s"] = self.case.bytes / self.timing.seconds / 1e9
         if self.case.flops:
@@ -152,8 +155,10 @@ def rotation(nbytes: int, device: torch.device, limit: int = 64) -> int:
     return max(1, min(limit, -(-4 * cache // max(nbytes, 1))))
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, repeats: int = 30) -> Timing:
-    """Median time of one call out of a cycle over `calls`, after a warm-up of one cycle."""
+def time_calls(calls: Sequence[Call], device: torch.device, repeats: int = 30, *, host: bool = False) -> Timing:
+    """Median time of one call out of a cycle over `calls`, after a warm-up of one cycle; host: see `_time_host`."""
+    if host:
+        return _time_host(calls, device, repeats)
     if device.type == "cuda":
         return _time_cuda(calls, device, repeats)
     for call in calls:
@@ -165,6 +170,22 @@ def time_calls(calls: Sequence[Call], device: torch.device, repeats: int = 30) -
         call()
         seconds.append(time.perf_counter() - start)
     return Timing(statistics.median(seconds), "perf_counter")
+
+
+def _time_host(calls: Sequence[Call], device: torch.device, repeats: int) -> Timing:
+    """Median time until a call returns, on a device that has nothing else to do: what an eager model waits for."""
+    import torch
+
+    seconds = []
+    for repeat in range(-3 * len(calls), repeats):  # what a layer launches is settled by its third call
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        call = calls[repeat % len(calls)]
+        start = time.perf_counter()
+        call()
+        if repeat >= 0:
+            seconds.append(time.perf_counter() - start)
+    return Timing(statistics.median(seconds), "host")
 
 
 _busy_until: dict[torch.device, float] = {}
@@ -233,8 +254,9 @@ def run(
     json: bool = False,
     plot: Path | None = None,
     repeats: int = 30,
+    host: bool = False,
 ) -> list[Measurement]:
-    """Time the cases, print them, write the plot. Progress goes to standard error.
+    """Time the cases, print them, write the plot. Progress goes to standard error. host: only the host's part of a call.
 
     A run that is stopped (Ctrl-C, SIGTERM) prints what it has, and exits with 130.
     """
@@ -247,10 +269,10 @@ def run(
         task = progress.add_task(title, total=len(cases))
         for case in cases:
             progress.update(task, description=f"{_label(case.point)} {case.name}")
-            measurements.append(_measure(case, device, repeats))
+            measurements.append(_measure(case, device, repeats, host))
             progress.advance(task)
     document = {
-        "title": title,
+        "title": f"{title}, what a call keeps the host" if host else title,
         "device": device_name(device),
         "versions": versions(),
         "repeats": repeats,
@@ -269,11 +291,11 @@ def run(
     return measurements
 
 
-def _measure(case: Case, device: torch.device, repeats: int) -> Measurement:
+def _measure(case: Case, device: torch.device, repeats: int, host: bool) -> Measurement:
     import torch
 
     try:
-        return Measurement(case, time_calls(case.setup(), device, repeats))
+        return Measurement(case, time_calls(case.setup(), device, repeats, host=host))
     except Unavailable as reason:
         return Measurement(case, None, str(reason))
     except torch.OutOfMemoryError:
