@@ -451,10 +451,14 @@ def test_a_signal_at_the_fork_stops_the_process(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    with pytest.raises(KeyboardInterrupt), processes.process_group([sys.executable, "-c", "import time; time.sleep(600)"]):
-        pass
-    assert [_gone(pid) for pid in started] == [True]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), processes.process_group([sys.executable, "-c", "import time; time.sleep(600)"]):
+            pass
+        assert [_gone(pid) for pid in started] == [True]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_process_started_beside_the_main_thread_is_stopped():
