@@ -13,7 +13,7 @@ import torch
 from . import dispatch
 from .formats import GROUP_SIZE, sf_shape
 from .reference.source import PLAIN, Source
-from .triton.replay import replayed
+from .replay import replayed
 
 _LIBRARY = torch.library.Library("nvfp4", "DEF")
 _Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from nvfp4_kernels import Nvfp4Weight, nvfp4_fused_moe, nvfp4_linear, ops, quantize_weight
-from nvfp4_kernels.triton import replay
+from nvfp4_kernels import Nvfp4Weight, nvfp4_fused_moe, nvfp4_linear, ops, quantize_weight, replay
 
 pytestmark = pytest.mark.gpu
 

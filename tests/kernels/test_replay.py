@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nvfp4_kernels.triton import replay
-from nvfp4_kernels.triton.replay import Program, asked, launched, unrepeatable
+from nvfp4_kernels import replay
+from nvfp4_kernels.replay import Program, asked, launched, unrepeatable
 
 
 class Hooks:

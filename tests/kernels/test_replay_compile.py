@@ -13,7 +13,7 @@ def test_a_kernel_is_run_as_triton_runs_it() -> None:
     from triton import knobs
     from triton.compiler.compiler import CompiledKernel
 
-    from nvfp4_kernels.triton.replay import _Launch
+    from nvfp4_kernels.replay import _Launch
 
     calls: list[tuple[Any, ...]] = []
 

@@ -14,10 +14,10 @@ import triton.language as tl
 
 from ..formats import SfLayout, to_layout
 from ..reference.source import PLAIN, Source
+from ..replay import unrepeatable
 from .activation import sourced
 from .launch import cdiv, launch
 from .linear import check_dtype, quantize_nvfp4
-from .replay import unrepeatable
 
 _BLOCK = 1024
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .replay import launched
+from ..replay import launched
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 

@@ -30,11 +30,11 @@ from ..devices import cuda_device
 from ..formats import SfLayout
 from ..reference.linear import INVERSE_BASE
 from ..reference.source import PLAIN, Source
+from ..replay import asked
 from . import gemm_portable
 from .activation import decode, permute, quantize_fp8, sourced
 from .launch import cdiv, launch, next_power_of_2
 from .quantize import quantize
-from .replay import asked
 from .widen import widen_fp8
 from .workspace import split_k
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .replay import asked
+from ..replay import asked
 
 _POOL = 1 << 18
 _MIN_BUFFER = 4096

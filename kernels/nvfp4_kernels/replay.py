@@ -5,7 +5,7 @@ to call, and from one layer of a model to the next. So the third call of an op w
 the second recorded its launches, each pointer as an offset into an argument or into the memory that the op allocated.
 
 Whatever a recording cannot repeat (an operation of torch that computes, a Triton kernel that was not launched by
-`launch.launch`, an address that belongs to nothing known) makes the op run as it is written, with these shapes, for ever. Who
+triton/launch.py, an address that belongs to nothing known) makes the op run as it is written, with these shapes, for ever. Who
 calls what neither torch nor Triton sees, a kernel of another library, says so by `unrepeatable`.
 """
 
@@ -272,7 +272,7 @@ class Recording(TorchDispatchMode):
 
 
 def _prepared(compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], pointer: Callable[[int], Pointer]) -> _Launch:
-    from .descriptors import moved
+    from .triton.descriptors import moved
 
     pointers, descriptors = [], []
     template = list(arguments)
