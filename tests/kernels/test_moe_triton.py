@@ -233,3 +233,12 @@ def test_grouped_gemm_leaves_experts_apart():
     routing = route(ids, 3, 16)
     out = moe_gemm.grouped_gemm(torch.randn(3, 80).half(), None, weights, routing, dtype=torch.float16, block_m=16, gather=True)
     assert out[routing.expanded_idx_to_permuted_idx.flatten().long()].isfinite().all()
+
+
+def test_large_tiles_refuse_a_k_of_one_stage():
+    from nvfp4_kernels.triton import moe_gemm_hopper
+    from nvfp4_kernels.triton.moe_gemm import ExpertWeights
+
+    weights = ExpertWeights(torch.zeros(1, 16, 128, dtype=torch.uint8), *[None] * 5)
+    with pytest.raises(ValueError, match="block_m: got 256 for K = 256, allowed from K = 512 on"):
+        moe_gemm_hopper.grouped_gemm(torch.zeros(256, 256), None, weights, None, dtype=torch.bfloat16, block_m=256)
