@@ -297,13 +297,27 @@ def _product_of(row, fold, DTYPE: gl.constexpr, FP8: gl.constexpr):
 
 
 @gluon.jit
-def _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE: gl.constexpr, FP8: gl.constexpr):
-    """`_product_of` features n."""
+def _load_factors(n, N, fold_ptr, row_ptr, row_stride, FP8: gl.constexpr):
+    """Row scales and folds of features n, for `_product_of`."""
     row = gl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
     fold = row
     if FP8:
         fold = gl.load(fold_ptr + n, mask=n < N, other=0.0)
-    return _product_of(row, fold, DTYPE, FP8)
+    return row, fold
+
+
+@gluon.jit
+def _rounded(sums, factor, token, bias, DTYPE: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr):
+    """fp32 sums [n, m] times the factors of features and the scales of tokens, plus the bias, rounded once to DTYPE.
+
+    token may lie otherwise than the columns of sums.
+    """
+    result = sums * factor[:, None]
+    if TOKEN:
+        result *= gl.convert_layout(token, gl.SliceLayout(0, sums.type.layout))[None, :]
+    if BIAS:
+        result += bias.to(gl.float32)[:, None]
+    return result.to(DTYPE)
 
 
 @gluon.jit
@@ -312,7 +326,9 @@ def scaled(
     DTYPE: gl.constexpr, FP8: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """The epilogue's arithmetic on fp32 products [n, m]: row scale, token scale, bias; rounded once to DTYPE."""
-    result = acc * _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE, FP8)[:, None]
+    row, fold = _load_factors(n, N, fold_ptr, row_ptr, row_stride, FP8)
+    result = acc * _product_of(row, fold, DTYPE, FP8)[:, None]
+    # Loaded where they are used: loads before the product make another kernel, of other registers, for few rows.
     if TOKEN:
         result *= gl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)[None, :]
     if BIAS:
@@ -364,10 +380,7 @@ def load_scales(
     BM: gl.constexpr = ACC.instr_shape[1]
     n = n0 + gl.arange(0, 64, gl.SliceLayout(1, ACC))
     m = m0 + gl.arange(0, BM, gl.BlockedLayout([1], [32], [4], [0]))  # once for all of its columns
-    row = gl.load(row_ptr + n * row_stride, mask=n < N, other=0.0)
-    fold = row
-    if FP8:
-        fold = gl.load(fold_ptr + n, mask=n < N, other=0.0)
+    row, fold = _load_factors(n, N, fold_ptr, row_ptr, row_stride, FP8)
     token = row
     if TOKEN:
         token = gl.load(token_ptr + m * token_stride, mask=m < M, other=0.0)
@@ -396,12 +409,7 @@ def store_tile(
         m = m0 + i * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, pieces[i].type.layout))
         if BULK_STORE and scales is not None:
             row, fold, token, bias = scales
-            result = acc * _product_of(row, fold, DTYPE, FP8)[:, None]
-            if TOKEN:
-                result *= gl.convert_layout(token, gl.SliceLayout(0, acc.type.layout))[None, :]
-            if BIAS:
-                result += bias.to(gl.float32)[:, None]
-            result = result.to(DTYPE)
+            result = _rounded(acc, _product_of(row, fold, DTYPE, FP8), token, bias, DTYPE, TOKEN, BIAS)
         else:
             result = scaled(
                 pieces[i], n, m, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride, DTYPE, FP8, TOKEN, BIAS
@@ -545,10 +553,11 @@ def add_parts(
     thread_barrier()
     stored = gl.atomic_add(count_ptr + 2 * tile, 1, sem="acq_rel") + 1
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
-    row = _row_factor(n, N, fold_ptr, row_ptr, row_stride, DTYPE, FP8)
+    row, fold = _load_factors(n, N, fold_ptr, row_ptr, row_stride, FP8)
+    factor = _product_of(row, fold, DTYPE, FP8)
     bias = row
     if BIAS:
-        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
     while stored < split:
         stored = gl.atomic_add(count_ptr + 2 * tile, 0, sem="acquire")
     for i in range((share * 8 + split - 1) // split, ((share + 1) * 8 + split - 1) // split):
@@ -570,16 +579,12 @@ def add_parts(
                 loaded = loaded + (values,)  # type: ignore[assignment]  # noqa: RUF005
             for k in gl.static_range(AT_ONCE):
                 total += loaded[k]
-        result = _as_products(total, BN, TOKENS, WARPS, LAYOUT) * row[:, None]
-        if TOKEN:
-            result *= scale[None, :]
-        if BIAS:
-            result += bias[:, None]
+        result = _rounded(_as_products(total, BN, TOKENS, WARPS, LAYOUT), factor, scale, bias, DTYPE, TOKEN, BIAS)
         if BULK_STORE:
             tma_store_wait(0)
-            store_bulk(result.to(DTYPE), out_desc, staging, 0, n0, m0 + i * TOKENS)
+            store_bulk(result, out_desc, staging, 0, n0, m0 + i * TOKENS)
         else:
-            store_direct(result.to(DTYPE), out_ptr, n, m, N, M)
+            store_direct(result, out_ptr, n, m, N, M)
     # The last block to leave zeros the counters.
     if gl.atomic_add(count_ptr + 2 * tile + 1, 1, sem="acq_rel") == split - 1:
         gl.store(count_ptr + 2 * tile, 0)
