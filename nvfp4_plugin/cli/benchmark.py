@@ -156,28 +156,23 @@ def rotation(nbytes: int, device: torch.device, limit: int = 64) -> int:
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, repeats: int = 30, *, host: bool = False) -> Timing:
-    """Median time of one call out of a cycle over `calls`, after a warm-up of one cycle; host: see `_time_host`."""
+    """Median time of one call out of a cycle over `calls`, after a warm-up of one cycle.
+
+    host: until it returns, on a device that has nothing else to do: what an eager model waits for.
+    """
     if host:
-        return _time_host(calls, device, repeats)
+        return Timing(_time_to_return(calls, device, repeats, 3), "host")  # what a layer launches is settled by its third call
     if device.type == "cuda":
         return _time_cuda(calls, device, repeats)
-    for call in calls:
-        call()
-    seconds = []
-    for repeat in range(repeats):
-        call = calls[repeat % len(calls)]
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return Timing(statistics.median(seconds), "perf_counter")
+    return Timing(_time_to_return(calls, device, repeats, 1), "perf_counter")
 
 
-def _time_host(calls: Sequence[Call], device: torch.device, repeats: int) -> Timing:
-    """Median time until a call returns, on a device that has nothing else to do: what an eager model waits for."""
+def _time_to_return(calls: Sequence[Call], device: torch.device, repeats: int, cycles: int) -> float:
+    """Median seconds until a call returns, after a warm-up of so many cycles."""
     import torch
 
     seconds = []
-    for repeat in range(-3 * len(calls), repeats):  # what a layer launches is settled by its third call
+    for repeat in range(-cycles * len(calls), repeats):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         call = calls[repeat % len(calls)]
@@ -185,7 +180,7 @@ def _time_host(calls: Sequence[Call], device: torch.device, repeats: int) -> Tim
         call()
         if repeat >= 0:
             seconds.append(time.perf_counter() - start)
-    return Timing(statistics.median(seconds), "host")
+    return statistics.median(seconds)
 
 
 _busy_until: dict[torch.device, float] = {}
