@@ -99,9 +99,9 @@ class Program:
     single: bool
 
     def __call__(self, args: tuple[Any, ...]) -> Any:
-        tensors = [args[i] for i in self.inputs]
+        tensors: list[Any] = [args[i] for i in self.inputs]
         device = tensors[0].device
-        tensors.append(torch.empty(self.arena, dtype=torch.uint8, device=device))
+        tensors.append(torch.empty(self.arena, dtype=torch.uint8, device=device) if self.arena else None)
         tensors += [make and make() for make in self.makers]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
@@ -223,7 +223,7 @@ class Recording(TorchDispatchMode):
                 seen += [a for a in (*event.args, *event.kwargs.values()) if isinstance(a, torch.Tensor)]
         exposed = {id(self._holder(tensor)) for tensor in seen}
         inputs = [root for root in self._roots if root.argument is not None]
-        inner = [root for root in self._roots if root.make and root.movable and id(root) not in exposed]
+        inner = [root for root in self._roots if root.movable and id(root) not in exposed]
         owned = [root for root in self._roots if root not in inputs and root not in inner]
         place = {id(root): Pointer(i, 0) for i, root in enumerate(inputs)}
         place |= {id(root): Pointer(len(inputs) + 1 + i, 0) for i, root in enumerate(owned)}
@@ -335,10 +335,8 @@ def _recorded(args: tuple[Any, ...], hooks: Any) -> Iterator[Recording]:
 
 def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What decides about the launches of a call, and about the code that Triton compiles for them."""
-    return tuple(
-        [(a.dtype, a.shape, a.stride(), a.data_ptr() % 16) if isinstance(a, torch.Tensor) else a for a in args]
-        + [args[0].device]
-    )
+    described = [(a.dtype, a.shape, a.stride(), a.data_ptr() % 16) if isinstance(a, torch.Tensor) else a for a in args]
+    return (args[0].device, *described)
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -195,7 +195,7 @@ def compile_hopper(
             constants |= {"GROUP": 8, "X_STAGES": x_stages, "BY_WORD": by_word, **({} if gather else {"x_ptr": None})}
     if not long:
         constants["WARPS"] = warps
-    if operand_order:
+    if long and operand_order:
         constants["out_desc"] = None
     if not fp8:
         constants |= {"fold_ptr": None, "token_ptr": None}
@@ -215,7 +215,6 @@ def compile_hopper(
         **dict.fromkeys(("count_ptr", "live_ptr", "tile_to_expert", "offsets"), "*i32"),
     }
     names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = ("x_ptr", "out_ptr", "fold_ptr", "row_ptr", "token_ptr", "bias_ptr", "partial_ptr", "N")
     attributes = {
