@@ -2,7 +2,8 @@
 
 What a layer launches, and with which numbers, follows from the shapes it is called with; only the addresses differ from call
 to call, and from one layer of a model to the next. So the third call of an op with the same shapes no longer runs its Python:
-the second recorded its launches, each pointer as an offset into an argument or into the memory that the op allocated.
+the second recorded its launches, each pointer as an offset into an argument or into the memory that the op allocated. And
+where all memory lies where it lay in a call before, as it mostly does, Triton's Python does not run either.
 
 Whatever a recording cannot repeat (an operation of torch that computes, a Triton kernel that was not launched by
 triton/launch.py, an address that belongs to nothing known) makes the op run as it is written, with these shapes, for ever. Who
@@ -12,9 +13,10 @@ calls what neither torch nor Triton sees, a kernel of another library, says so b
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 _LOG = logging.getLogger(__name__)
 _ALIGNMENT = 512  # of an allocation, as torch's own
 _MAX_PROGRAMS = 4096  # of an op; each is some kilobytes
+_MAX_KNOWN = 8192  # calls whose launches are kept with their addresses, likewise
 _ONCE, _AS_WRITTEN = "called once", "cannot be replayed"
 
 _aten = torch.ops.aten
@@ -49,11 +52,14 @@ class _View(NamedTuple):
         return tensor if self.layout is None else tensor.as_strided(*self.layout)
 
 
+_Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
+
+
 @dataclass
 class _Launch:
     """One kernel: everything that its launch takes but the stream and the addresses."""
 
-    run: Callable[..., None]
+    prepare: Callable[..., _Call]  # takes what Triton's launcher takes, and says what that would call
     grid: tuple[int, int, int]
     function: int
     metadata: Any
@@ -61,13 +67,13 @@ class _Launch:
     pointers: list[tuple[int, Pointer]]
     descriptors: list[tuple[int, Pointer, Callable[[int], Any]]]
 
-    def __call__(self, addresses: list[int], tensors: list[Any], stream: int) -> None:
+    def prepared(self, addresses: Sequence[int], stream: int) -> _Call:
         arguments = self.arguments[:]
         for at, (memory, offset) in self.pointers:
             arguments[at] = addresses[memory] + offset
         for at, (memory, offset), moved in self.descriptors:
             arguments[at] = moved(addresses[memory] + offset)
-        self.run(*self.grid, stream, self.function, self.metadata, None, None, None, *arguments)
+        return self.prepare(*self.grid, stream, self.function, self.metadata, None, None, None, *arguments)
 
 
 @dataclass
@@ -79,7 +85,7 @@ class _Operation:
     keywords: dict[str, Any]
     result: int
 
-    def __call__(self, addresses: list[int], tensors: list[Any], stream: int) -> None:
+    def __call__(self, addresses: list[int], tensors: list[Any]) -> None:
         arguments = [a.of(tensors) if isinstance(a, _View) else a for a in self.arguments]
         keywords = {key: a.of(tensors) if isinstance(a, _View) else a for key, a in self.keywords.items()}
         result = self.function(*arguments, **keywords)
@@ -87,7 +93,10 @@ class _Operation:
         addresses[self.result] = result.data_ptr()
 
 
-@dataclass
+_known: dict[tuple[Any, ...], list[_Call]] = {}  # program, stream and addresses -> the calls of its launches
+
+
+@dataclass(eq=False)
 class Program:
     """What a call with certain shapes does. Memory is numbered: arguments that are tensors, the arena, tensors of its own."""
 
@@ -97,6 +106,11 @@ class Program:
     steps: list[_Launch | _Operation]
     results: list[_View]
     single: bool
+    launches: list[_Launch] = field(init=False)  # all steps, or none where an operation of torch is among them
+
+    def __post_init__(self) -> None:
+        launches = [step for step in self.steps if isinstance(step, _Launch)]
+        self.launches = launches if len(launches) == len(self.steps) else []
 
     def __call__(self, args: tuple[Any, ...]) -> Any:
         tensors: list[Any] = [args[i] for i in self.inputs]
@@ -105,10 +119,28 @@ class Program:
         tensors += [make and make() for make in self.makers]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-        for step in self.steps:
-            step(addresses, tensors, stream)
+        if self.launches:
+            for function, arguments in self._calls(addresses, stream):
+                function(*arguments)
+        else:
+            for step in self.steps:
+                if isinstance(step, _Launch):
+                    function, arguments = step.prepared(addresses, stream)
+                    function(*arguments)
+                else:
+                    step(addresses, tensors)
         results = [view.of(tensors) for view in self.results]
         return results[0] if self.single else tuple(results)
+
+    def _calls(self, addresses: list[int], stream: int) -> list[_Call]:
+        key = (self, stream, *addresses)
+        calls = _known.get(key)
+        if calls is None:
+            calls = [launch.prepared(addresses, stream) for launch in self.launches]
+            if len(_known) >= _MAX_KNOWN:
+                _known.pop(next(iter(_known)), None)
+            _known[key] = calls
+        return calls
 
 
 @dataclass(eq=False)
@@ -273,6 +305,7 @@ class Recording(TorchDispatchMode):
 
 def _prepared(compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], pointer: Callable[[int], Pointer]) -> _Launch:
     from .triton.descriptors import moved
+    from .triton.launch import taken_apart
 
     pointers, descriptors = [], []
     template = list(arguments)
@@ -286,7 +319,8 @@ def _prepared(compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], 
             template[at] = None
             descriptors.append((at, pointer(argument.base.data_ptr()), moved(argument)))
     x, y, z = (*grid, 1, 1)[:3]
-    return _Launch(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, template, pointers, descriptors)
+    prepare = taken_apart(compiled.run)
+    return _Launch(prepare, (x, y, z), compiled.function, compiled.packed_metadata, template, pointers, descriptors)
 
 
 _current = threading.local()
@@ -335,8 +369,15 @@ def _recorded(args: tuple[Any, ...], hooks: Any) -> Iterator[Recording]:
 
 def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What decides about the launches of a call, and about the code that Triton compiles for them."""
-    described = [(a.dtype, a.shape, a.stride(), a.data_ptr() % 16) if isinstance(a, torch.Tensor) else a for a in args]
-    return (args[0].device, *described)
+    described = [(a.dtype, a.shape, a.stride(), a.data_ptr() & 15) if isinstance(a, torch.Tensor) else a for a in args]
+    return (args[0].get_device(), *described)
+
+
+@functools.cache
+def _triton_runtime() -> Any:
+    from triton import knobs  # not before a kernel runs
+
+    return knobs.runtime
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -346,11 +387,10 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     programs: dict[tuple[Any, ...], Program | str] = {}
 
     def call(*args: Any) -> Any:
-        if not args[0].is_cuda or args[0].device.index != torch.cuda.current_device():
+        x = args[0]
+        if not x.is_cuda or x.get_device() != torch._C._cuda_getDevice():
             return function(*args)
-        from triton import knobs
-
-        hooks = knobs.runtime.launch_enter_hook
+        hooks = _triton_runtime().launch_enter_hook
         if hooks.calls:  # a profiler, which wants to see the launches as Triton makes them
             return function(*args)
         signature = _signature(args)

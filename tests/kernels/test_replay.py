@@ -87,6 +87,27 @@ def test_memory_between_launches_is_one_allocation() -> None:
     assert len(program.makers) == 1
 
 
+def test_launches_are_kept_with_their_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        between, out = torch.empty(8), torch.empty(8)
+        launch(a, b, between, 1.0)
+        launch(between, b, out, 2.0)
+        return out
+
+    program = record(function, *arguments())
+    monkeypatch.setattr(replay, "_known", {})
+    monkeypatch.setattr(replay, "_MAX_KNOWN", 3)
+    first = program._calls([16, 32, 48, 64], 0)
+    assert program._calls([16, 32, 48, 64], 0) is first
+    for addresses, stream in ([16, 32, 48, 80], 0), ([16, 32, 48, 64], 1):
+        assert program._calls(addresses, stream) not in (first, None)
+    assert program._calls([16, 32, 48, 64], 0) is first
+    program._calls([16, 32, 96, 64], 0)  # a fourth: the first goes
+    assert len(replay._known) == 3
+    assert program._calls([16, 32, 48, 64], 0) is not first
+    check(function, *arguments())
+
+
 def test_several_results_and_views_of_them() -> None:
     def function(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = torch.empty(2, 4)

@@ -5,6 +5,10 @@ Triton is not imported here: what is called decides whether kernels run on a GPU
 
 from __future__ import annotations
 
+import copy
+import threading
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,3 +61,42 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         compiled, rest = known
         compiled[(*grid, 1, 1)[:3]](*args, *rest)
     launched(compiled, grid, (*args, *rest))
+
+
+_Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def taken_apart(launcher: Callable[..., Any]) -> Callable[..., _Call]:
+    """A function that takes what `launcher` takes, of a compiled kernel, and launches nothing: it returns what to call instead,
+    and with which arguments, for a launch in as little Python as there can be.
+
+    Triton's launcher finds scratch memory, encodes descriptors, and calls a function in C with what comes of it. A descriptor's
+    code holds its address alone, so these arguments may be kept. A kernel that needs scratch memory is left to `launcher`.
+    """
+    last = getattr(launcher, "launch", None)
+    scratch = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+    if last is None or any(getattr(launcher, name, 0) for name in scratch):
+        return lambda *args: (launcher, args)
+    taken: list[tuple[Any, ...]] = []
+    alone = threading.Lock()
+
+    def take(*args: Any) -> None:
+        taken.append(args)
+
+    probe = copy.copy(launcher)
+    probe.launch = take  # type: ignore[attr-defined]
+    if isinstance(last, types.FunctionType) and "launcher" in last.__code__.co_freevars:
+        # A function of Python that encodes descriptors for the one in C.
+        encode, cells = last, list(last.__closure__ or ())
+        at = encode.__code__.co_freevars.index("launcher")
+        last, cells[at] = cells[at].cell_contents, types.CellType(take)
+        probe.launch = types.FunctionType(  # type: ignore[attr-defined]
+            encode.__code__, encode.__globals__, encode.__name__, encode.__defaults__, tuple(cells)
+        )
+
+    def prepare(*args: Any) -> _Call:
+        with alone:
+            probe(*args)
+            return last, taken.pop()
+
+    return prepare

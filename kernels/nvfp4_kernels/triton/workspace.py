@@ -34,7 +34,7 @@ def _counters(device: torch.device, count: int) -> torch.Tensor:
     if _taken.get(index, _POOL) > _POOL // 2:
         _pools.setdefault(index, []).append(torch.zeros(_POOL, dtype=torch.int32, device=device))
         _taken[index] = 0
-    stream = (index, torch.cuda.current_stream(device).cuda_stream)
+    stream = (index, torch._C._cuda_getCurrentRawStream(index))
     kept = _eager.get(stream)
     if kept is None or kept.numel() < count:
         kept = _eager[stream] = torch.zeros(max(count, _MIN_BUFFER), dtype=torch.int32, device=device)
