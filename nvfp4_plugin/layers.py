@@ -330,4 +330,4 @@ def set_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor | None
 def installed(layer: torch.nn.Module, names: Mapping[str, str]) -> Nvfp4Weight:
     """The weight that `install` took apart."""
     parameters = layer._parameters  # an attribute of a module is ten times as slow, and experts are called without a compiler
-    return Nvfp4Weight(**{field: parameters[name] for field, name in names.items()})
+    return Nvfp4Weight(**{field: parameters[name] for field, name in names.items()})  # type: ignore[arg-type]
