@@ -139,7 +139,8 @@ def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | No
     table = tuning.tune(
         shapes,
         device,
-        lambda calls: time_calls(calls, device, repeats).seconds,
+        # Hundreds of plans one after the other: the card does not rest for long.
+        lambda calls: time_calls(calls, device, repeats, warm_up=0.05).seconds,
         copies_of=lambda nbytes: rotation(nbytes, device, limit=32),
         log=lambda line: typer.echo(line, err=True),
     )

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nvfp4_plugin.cli.benchmark import JsonOption
+from nvfp4_plugin.cli.benchmark import WARM_UP_SECONDS, JsonOption
 from nvfp4_plugin.cli.processes import interrupt_on_termination, process_group
 
 _COMMON = {"torch_dtype": "bfloat16", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
@@ -85,7 +85,7 @@ _RESULT = '{"tokens_per_second"'
 _READY, _GO, _DONE = "ready", "go", "done"
 BATCHES = (1, 16, 64)
 PREFILL = (8, 2048)
-DECODE_TOKENS = 128
+FIRST_TOKENS, DECODE_TOKENS = 16, 128
 KV_CACHE_BYTES = 4 << 30  # for all of PREFILL's tokens, and the same for every method
 
 
@@ -245,6 +245,7 @@ def _work() -> None:
         Path(job["folder"], _READY).touch()
         while not Path(job["folder"], _GO).exists():
             time.sleep(0.05)
+        _warm_up(engine, max(job["batches"]), config["vocab_size"])
         rates = {f"decode, batch {batch}": _decode_rate(engine, batch, config["vocab_size"]) for batch in job["batches"]}
         rows, length = job["prefill"]
         seconds = statistics.median(_seconds(engine, rows, length, 1, config["vocab_size"]) for _ in range(4))
@@ -253,11 +254,20 @@ def _work() -> None:
     Path(job["folder"], _DONE).touch()
 
 
+def _warm_up(engine: Any, batch: int, vocabulary: int) -> None:
+    """Work until the card's clocks are what they stay at."""
+    end = time.monotonic() + WARM_UP_SECONDS
+    while time.monotonic() < end:
+        _seconds(engine, batch, 16, 32, vocabulary)
+
+
 def _decode_rate(engine: Any, batch: int, vocabulary: int) -> float:
-    """Tokens/s after the first token: what the prompt costs is taken off."""
-    _seconds(engine, batch, 16, 8, vocabulary)
-    first = statistics.median(_seconds(engine, batch, 16, 1, vocabulary) for _ in range(5))
-    whole = statistics.median(_seconds(engine, batch, 16, 1 + DECODE_TOKENS, vocabulary) for _ in range(5))
+    """Tokens/s of steps that all prompts take part in: what comes before them is taken off, prompts that arrive one by one too."""
+    _seconds(engine, batch, 16, FIRST_TOKENS, vocabulary)
+    first, whole = (
+        statistics.median(_seconds(engine, batch, 16, tokens, vocabulary) for _ in range(5))
+        for tokens in (FIRST_TOKENS, FIRST_TOKENS + DECODE_TOKENS)
+    )
     return batch * DECODE_TOKENS / (whole - first)
 
 

@@ -52,6 +52,11 @@ RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Timed repe
 HostOption = Annotated[bool, typer.Option("--host", help="Time how long a call keeps the host, not how long it takes.")]
 
 
+WARM_UP_SECONDS = 1.5
+"""Until a card's clocks are what they stay at. It averages its power over a second: after a pause it runs at full speed at
+first, too slow when the mean reaches the limit, and settles then."""
+
+
 class Unavailable(Exception):
     """A case that cannot run here; the message says why."""
 
@@ -155,15 +160,18 @@ def rotation(nbytes: int, device: torch.device, limit: int = 64) -> int:
     return max(1, min(limit, -(-4 * cache // max(nbytes, 1))))
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, repeats: int = 30, *, host: bool = False) -> Timing:
+def time_calls(
+    calls: Sequence[Call], device: torch.device, repeats: int = 30, *, host: bool = False, warm_up: float = WARM_UP_SECONDS
+) -> Timing:
     """Median time of one call out of a cycle over `calls`, after a warm-up of one cycle.
 
+    warm_up: seconds of work before, on a GPU.
     host: until it returns, on a device that has nothing else to do: what an eager model waits for.
     """
     if host:
         return Timing(_time_to_return(calls, device, repeats, 3), "host")  # what a layer launches is settled by its third call
     if device.type == "cuda":
-        return _time_cuda(calls, device, repeats)
+        return _time_cuda(calls, device, repeats, warm_up)
     return Timing(_time_to_return(calls, device, repeats, 1), "perf_counter")
 
 
@@ -183,23 +191,16 @@ def _time_to_return(calls: Sequence[Call], device: torch.device, repeats: int, c
     return statistics.median(seconds)
 
 
-_busy_until: dict[torch.device, float] = {}
-
-
-def _warm_up(replay: Call, device: torch.device) -> None:
-    """A card that has waited for its host runs at low clocks at first: work for a tenth of a second, if it waited at all."""
+def _warm_up(replay: Call, device: torch.device, seconds: float) -> None:
     import torch
 
-    start = time.monotonic()
-    replay()
-    torch.cuda.synchronize(device)
-    if start - _busy_until.get(device, 0.0) > 0.1:
-        while time.monotonic() - start < 0.1:
-            replay()
-            torch.cuda.synchronize(device)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        replay()
+        torch.cuda.synchronize(device)
 
 
-def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Timing:
+def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int, warm_up: float) -> Timing:
     import torch
 
     # A replay holds at least 16 calls, so that the events' own resolution does not count.
@@ -228,7 +229,7 @@ def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Tim
                 raise error.__context__ from None
             torch.cuda.synchronize()
             replay, timer = cycle, "cuda events"
-        _warm_up(replay, device)
+        _warm_up(replay, device, warm_up)
         milliseconds = []
         for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -237,7 +238,6 @@ def _time_cuda(calls: Sequence[Call], device: torch.device, repeats: int) -> Tim
             end.record()
             end.synchronize()
             milliseconds.append(start.elapsed_time(end))
-        _busy_until[device] = time.monotonic()
     return Timing(statistics.median(milliseconds) * 1e-3 / (cycles * len(calls)), timer)
 
 
