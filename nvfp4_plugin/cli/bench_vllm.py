@@ -1,7 +1,7 @@
 """`nvfp4 bench vllm`: whole models in vLLM, random weights, this plugin beside bf16 and vLLM's own NVFP4.
 
-Every method serves the same shape in an engine and a process of its own; only one of them works at a time. `python -m`
-this module with a JSON job on standard input is that process; it prints one JSON line.
+Every method serves the same shape in an engine and a process of its own; only one of them works at a time, and each gets
+several turns. `python -m` this module with a JSON job on standard input is that process; it prints one JSON line.
 """
 
 from __future__ import annotations
@@ -82,10 +82,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "bf16": {"quantization": None},
 }
 _RESULT = '{"tokens_per_second"'
-_READY, _GO, _DONE = "ready", "go", "done"
+_READY, _DONE = "ready", "done"
+_GO, _WENT = "go {}", "went {}"  # of a turn
 BATCHES = (1, 16, 64)
 PREFILL = (8, 2048)
-FIRST_TOKENS, DECODE_TOKENS = 16, 128
+FIRST_TOKENS, ALL_TOKENS = 16, 144  # of a prompt: what decoding starts with, and ends with
+TURNS, REPEATS = 3, 2
 KV_CACHE_BYTES = 4 << 30  # for all of PREFILL's tokens, and the same for every method
 
 
@@ -96,7 +98,7 @@ def vllm(
     activation: Annotated[str, typer.Option(help="This plugin's activation mode.")] = "auto",
     timeout: Annotated[int, typer.Option(help="Seconds that one method may take to start, and to be measured.")] = 900,
     together: Annotated[
-        bool, typer.Option("--together", help="Start all engines at once, each on its share of the memory; measured in turn.")
+        bool, typer.Option("--together", help="Start all engines at once, each on its share of the memory; they work in turns.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -135,7 +137,7 @@ def json_line(value: object) -> str:
 
 
 class _Worker:
-    """The process of one method: starts its engine, waits for `measure`, prints what it measured. Gone when closed."""
+    """The process of one method: starts its engine, works in turns, prints what it measured. Gone when closed."""
 
     def __init__(self, method: str, config: dict[str, Any], activation: str, share: float, timeout: int) -> None:
         self._started = time.monotonic()
@@ -174,11 +176,17 @@ class _Worker:
         """Return when the engine has started, or will not any more."""
         self._wait((self._folder / _READY).exists, self._started + self._timeout)
 
-    def measure(self) -> dict[str, Any]:
-        """Let the engine work; what the process printed, or an error."""
-        (self._folder / _GO).touch()
-        # From now on: it may have waited for others. Nor does it matter how long the engine takes to go.
-        self._wait((self._folder / _DONE).exists, time.monotonic() + self._timeout)
+    def take_turn(self, turn: int) -> bool:
+        """Let the engine go through all cases; whether it has."""
+        (self._folder / _GO.format(turn)).touch()
+        went = (self._folder / _WENT.format(turn)).exists
+        self._wait(went, time.monotonic() + self._timeout)  # from now on: it may have waited for others
+        return went()
+
+    def result(self) -> dict[str, Any]:
+        """What the process printed, or an error."""
+        # It prints soon after its last turn, and it does not matter how long the engine takes to go.
+        self._wait((self._folder / _DONE).exists, time.monotonic() + 10)
         code = self._process.poll()
         self._log.seek(0)
         output = self._log.read()
@@ -202,9 +210,12 @@ def _measure(
                 workers[method] = stack.enter_context(contextlib.closing(_Worker(method, config, activation, share, timeout)))
             for worker in workers.values():
                 worker.wait_until_ready()
+            # A machine is not the same all the time: what is compared is measured close together.
+            working = list(workers.values())
+            for turn in range(TURNS):
+                working = [worker for worker in working if worker.take_turn(turn)]
             for method, worker in workers.items():
-                results[method] = worker.measure()
-                worker.close()  # its memory and its threads are the next one's
+                results[method] = worker.result()
                 # Minutes pass until the table; what is known is said at once.
                 sys.stderr.write(f"{method}: {json_line(results[method])}\n")
     return results
@@ -243,32 +254,37 @@ def _work() -> None:
         if served_by.startswith("nvfp4_plugin.") != (method == "nvfp4-plugin"):
             raise RuntimeError(f"{method}: vLLM serves it by {served_by}; is nvfp4-plugin installed, with its entry points?")
         Path(job["folder"], _READY).touch()
-        while not Path(job["folder"], _GO).exists():
-            time.sleep(0.05)
-        _warm_up(engine, max(job["batches"]), config["vocab_size"])
-        rates = {f"decode, batch {batch}": _decode_rate(engine, batch, config["vocab_size"]) for batch in job["batches"]}
-        rows, length = job["prefill"]
-        seconds = statistics.median(_seconds(engine, rows, length, 1, config["vocab_size"]) for _ in range(4))
-        rates[f"prefill {rows} x {length}"] = rows * length / seconds
+        seconds: dict[str, list[float]] = {}
+        for turn in range(TURNS):
+            while not Path(job["folder"], _GO.format(turn)).exists():
+                time.sleep(0.05)
+            _take_turn(engine, job, config["vocab_size"], seconds)
+            Path(job["folder"], _WENT.format(turn)).touch()
+    rates = _rates(job, {name: statistics.median(values) for name, values in seconds.items()})
     print(json_line({"tokens_per_second": rates, "seconds_to_start": started}), flush=True)
     Path(job["folder"], _DONE).touch()
 
 
-def _warm_up(engine: Any, batch: int, vocabulary: int) -> None:
-    """Work until the card's clocks are what they stay at."""
+def _take_turn(engine: Any, job: dict[str, Any], vocabulary: int, seconds: dict[str, list[float]]) -> None:
+    """Add to `seconds` how long each case takes, once a card's clocks are what they stay at."""
     end = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < end:
-        _seconds(engine, batch, 16, 32, vocabulary)
+        _seconds(engine, max(job["batches"]), 16, FIRST_TOKENS, vocabulary)
+    cases = {f"{batch} {tokens}": (batch, 16, tokens) for batch in job["batches"] for tokens in (FIRST_TOKENS, ALL_TOKENS)}
+    cases["prefill"] = (*job["prefill"], 1)
+    for name, case in cases.items():
+        seconds.setdefault(name, []).extend(_seconds(engine, *case, vocabulary) for _ in range(REPEATS))
 
 
-def _decode_rate(engine: Any, batch: int, vocabulary: int) -> float:
-    """Tokens/s of steps that all prompts take part in: what comes before them is taken off, prompts that arrive one by one too."""
-    _seconds(engine, batch, 16, FIRST_TOKENS, vocabulary)
-    first, whole = (
-        statistics.median(_seconds(engine, batch, 16, tokens, vocabulary) for _ in range(5))
-        for tokens in (FIRST_TOKENS, FIRST_TOKENS + DECODE_TOKENS)
-    )
-    return batch * DECODE_TOKENS / (whole - first)
+def _rates(job: dict[str, Any], seconds: dict[str, float]) -> dict[str, float]:
+    """Tokens/s. Of decoding, those of the steps that all prompts take part in: what comes before them is taken off."""
+    rates = {}
+    for batch in job["batches"]:
+        steps = seconds[f"{batch} {ALL_TOKENS}"] - seconds[f"{batch} {FIRST_TOKENS}"]
+        rates[f"decode, batch {batch}"] = batch * (ALL_TOKENS - FIRST_TOKENS) / steps
+    rows, length = job["prefill"]
+    rates[f"prefill {rows} x {length}"] = rows * length / seconds["prefill"]
+    return rates
 
 
 def _seconds(engine: Any, rows: int, length: int, tokens: int, vocabulary: int) -> float:
