@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -116,8 +115,7 @@ class LayerWeights:
 
     def weight(self, layer: Layer, names: Mapping[str, str]) -> Nvfp4Weight:
         """The weight that the layer runs with, in the parameters `names` (`layers.parameter_names`)."""
-        holder: Any = SimpleNamespace(**self._running) if self._loading else layer
-        return layers.installed(holder, names)
+        return layers.installed(self._running if self._loading else layer._parameters, names)
 
     def parameter(self, layer: Layer, name: str) -> torch.Tensor | None:
         """Another parameter that the layer runs with."""

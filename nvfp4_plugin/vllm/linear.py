@@ -102,7 +102,7 @@ class _LinearMethod(LinearMethodBase):
         layers.install(layer, weight.prepared(self._activation), self._names)
         layers.set_parameter(layer, "input_decode_scale", input_scale)
         layer._already_called_process_weights_after_loading = True
-        self._warm_up(layer, layers.installed(layer, self._names))
+        self._warm_up(layer, layers.installed(layer._parameters, self._names))
 
     def _warm_up(self, layer: Layer, weight: Nvfp4Weight) -> None:
         def bias() -> torch.Tensor | None:
@@ -126,7 +126,7 @@ class _LinearMethod(LinearMethodBase):
     def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return nvfp4_linear(
             x,
-            layers.installed(layer, self._names),
+            layers.installed(layer._parameters, self._names),
             activation=self._activation,
             input_scale=layer.input_decode_scale,
             bias=bias,

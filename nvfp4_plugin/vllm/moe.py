@@ -89,7 +89,7 @@ class _MoEMethod(FusedMoEMethodBase):
     def _finish(self, layer: Layer) -> None:
         """Both weights are installed."""
         layer._already_called_process_weights_after_loading = True
-        w13 = layers.installed(layer, self._names["w13"])
+        w13 = layers.installed(layer._parameters, self._names["w13"])
         warm_up_moe(
             w13.shape,
             layer.orig_dtype,
@@ -116,8 +116,8 @@ class _MoEMethod(FusedMoEMethodBase):
             input_scales = (layer.w13_input_decode_scale, layer.w2_input_decode_scale)
         return nvfp4_fused_moe(
             x,
-            layers.installed(layer, self._names["w13"]),
-            layers.installed(layer, self._names["w2"]),
+            layers.installed(layer._parameters, self._names["w13"]),
+            layers.installed(layer._parameters, self._names["w2"]),
             topk_weights,
             topk_ids,
             activation=self._activation,
