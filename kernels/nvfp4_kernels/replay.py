@@ -52,14 +52,15 @@ class _View(NamedTuple):
         return tensor if self.layout is None else tensor.as_strided(*self.layout)
 
 
-_Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and its arguments."""
 
 
 @dataclass
 class _Launch:
     """One kernel: everything that its launch takes but the stream and the addresses."""
 
-    prepare: Callable[..., _Call]  # takes what Triton's launcher takes, and says what that would call
+    prepare: Callable[..., Call]  # takes what Triton's launcher takes, and says what that would call
     grid: tuple[int, int, int]
     function: int
     metadata: Any
@@ -67,7 +68,7 @@ class _Launch:
     pointers: list[tuple[int, Pointer]]
     descriptors: list[tuple[int, Pointer, Callable[[int], Any]]]
 
-    def prepared(self, addresses: Sequence[int], stream: int) -> _Call:
+    def call(self, addresses: Sequence[int], stream: int) -> Call:
         arguments = self.arguments[:]
         for at, (memory, offset) in self.pointers:
             arguments[at] = addresses[memory] + offset
@@ -93,7 +94,7 @@ class _Operation:
         addresses[self.result] = result.data_ptr()
 
 
-_known: dict[tuple[Any, ...], list[_Call]] = {}  # program, stream and addresses -> the calls of its launches
+_known: dict[tuple[Any, ...], list[Call]] = {}  # program, stream and addresses -> the calls of its launches
 
 
 @dataclass(eq=False)
@@ -125,18 +126,18 @@ class Program:
         else:
             for step in self.steps:
                 if isinstance(step, _Launch):
-                    function, arguments = step.prepared(addresses, stream)
+                    function, arguments = step.call(addresses, stream)
                     function(*arguments)
                 else:
                     step(addresses, tensors)
         results = [view.of(tensors) for view in self.results]
         return results[0] if self.single else tuple(results)
 
-    def _calls(self, addresses: list[int], stream: int) -> list[_Call]:
+    def _calls(self, addresses: list[int], stream: int) -> list[Call]:
         key = (self, stream, *addresses)
         calls = _known.get(key)
         if calls is None:
-            calls = [launch.prepared(addresses, stream) for launch in self.launches]
+            calls = [launch.call(addresses, stream) for launch in self.launches]
             if len(_known) >= _MAX_KNOWN:
                 _known.pop(next(iter(_known)), None)
             _known[key] = calls

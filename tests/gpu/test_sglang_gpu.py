@@ -15,19 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PROMPT, TinyModel, reference_logprobs, save, tiny_model
+from checkpoints import PROMPT, reference_logprobs, save
+from gpu_models import BOUNDS, DECODED, KINDS, gpu_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
 
-# Sizes that the Hopper GEMMs serve.
-SIZES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3_moe": {"moe_intermediate_size": 256},
-    "mixtral": {},
-}
-# Bounds of the log-probabilities' error, root mean square: what the rounding of activations costs at least and at most.
-BOUNDS = {"none": (0.0, 0.05), "fp8_per_token": (0.005, 0.15), "nvfp4_per_token": (0.02, 0.4)}
-DECODED = 12
 SETTINGS: dict[str, Any] = {
     "quantization": "nvfp4",
     "dtype": "bfloat16",
@@ -43,11 +35,6 @@ SETTINGS: dict[str, Any] = {
     "random_seed": 0,
 }
 GRAPHS = {"cuda_graph_bs_decode": [1, 2, 4], "cuda_graph_max_bs_decode": 4, "disable_prefill_cuda_graph": True}
-
-
-def _model(kind: str) -> TinyModel:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return tiny_model(kind, **{**sizes, **SIZES[kind]})
 
 
 def _serve(model: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
@@ -98,9 +85,9 @@ def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", ["bf16", "modelopt"])
-@pytest.mark.parametrize("kind", list(SIZES))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
-    model = _model(kind)
+    model = gpu_model(kind)
     expected = reference_logprobs(model, PROMPT, tmp_path / "reference")
     folder = save(model, form, tmp_path / form)
     for activation, (low, high) in BOUNDS.items():
@@ -113,9 +100,9 @@ def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
         assert torch.equal(result["reloaded"], result["tokens"]), activation
 
 
-@pytest.mark.parametrize("kind", list(SIZES))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_cuda_graphs_change_nothing(kind: str, tmp_path: Path) -> None:
-    folder = save(_model(kind), "bf16", tmp_path / "bf16")
+    folder = save(gpu_model(kind), "bf16", tmp_path / "bf16")
     graphs, eager = _run(folder, "none", **GRAPHS), _run(folder, "none", disable_cuda_graph=True)
     assert torch.equal(graphs["tokens"], eager["tokens"])
     torch.testing.assert_close(graphs["decoded"], eager["decoded"], rtol=0, atol=1e-3)

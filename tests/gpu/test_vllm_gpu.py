@@ -9,25 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PROMPT, TinyModel, reference_logprobs, save, tiny_model
+from checkpoints import PROMPT, reference_logprobs, save
+from gpu_models import BOUNDS, DECODED, KINDS, gpu_model
 from vllm_engine import engine, log_lines, logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
-
-# Sizes that the Hopper GEMMs serve, and heads that FlashAttention serves.
-SIZES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3_moe": {"moe_intermediate_size": 256},
-    "mixtral": {},
-}
-# Bounds of the log-probabilities' error, root mean square: what the rounding of activations costs at least and at most.
-BOUNDS = {"none": (0.0, 0.05), "fp8_per_token": (0.005, 0.15), "nvfp4_per_token": (0.02, 0.4)}
-DECODED = 12
-
-
-def _model(kind: str, **config: Any) -> TinyModel:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return tiny_model(kind, **{**sizes, **SIZES[kind], **config})
 
 
 def _decode(llm: Any) -> tuple[list[int], torch.Tensor]:
@@ -42,9 +28,9 @@ def _decode(llm: Any) -> tuple[list[int], torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", ["bf16", "modelopt"])
-@pytest.mark.parametrize("kind", list(SIZES))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
-    model = _model(kind)
+    model = gpu_model(kind)
     expected = reference_logprobs(model, PROMPT, tmp_path / "reference")
     folder = save(model, form, tmp_path / form)
     settings: dict[str, Any] = {
@@ -67,7 +53,7 @@ def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
 def test_no_request_waits_for_a_compiler(kind: str, eager: bool, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
-    folder = save(_model(kind, max_position_embeddings=2048), "bf16", tmp_path)
+    folder = save(gpu_model(kind, max_position_embeddings=2048), "bf16", tmp_path)
     settings: dict[str, Any] = {
         "dtype": "bfloat16",
         "enforce_eager": eager,
@@ -102,7 +88,7 @@ def test_norms_and_silu_are_fused(kind: str, tmp_path: Path) -> None:
     from torch._inductor.utils import fresh_cache
 
     settings: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 28}
-    folder = save(_model(kind), "bf16", tmp_path)
+    folder = save(gpu_model(kind), "bf16", tmp_path)
     options = {"activation": "fp8_per_token"}
     with engine(folder, options, **settings) as llm:
         eager = logprobs(llm, PROMPT)

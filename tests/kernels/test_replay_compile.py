@@ -40,7 +40,7 @@ def test_a_kernel_is_run_as_triton_runs_it() -> None:
     kernel = Compiled()
     kernel[(3, 4, 5)](11, 12, stream=9)
     launch = _Launch(taken_apart(kernel.run), (3, 4, 5), kernel.function, kernel.packed_metadata, [11, 12], [], [])
-    function, arguments = launch.prepared([], 9)
+    function, arguments = launch.call([], 9)
     assert len(calls) == 1
     function(*arguments)
     triton, ours = calls

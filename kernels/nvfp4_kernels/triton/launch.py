@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..replay import launched
+from ..replay import Call, launched
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
@@ -63,10 +63,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     launched(compiled, grid, (*args, *rest))
 
 
-_Call = tuple[Callable[..., Any], tuple[Any, ...]]
-
-
-def taken_apart(launcher: Callable[..., Any]) -> Callable[..., _Call]:
+def taken_apart(launcher: Callable[..., Any]) -> Callable[..., Call]:
     """A function that takes what `launcher` takes, of a compiled kernel, and launches nothing: it returns what to call instead,
     and with which arguments, for a launch in as little Python as there can be.
 
@@ -94,7 +91,7 @@ def taken_apart(launcher: Callable[..., Any]) -> Callable[..., _Call]:
             encode.__code__, encode.__globals__, encode.__name__, encode.__defaults__, tuple(cells)
         )
 
-    def prepare(*args: Any) -> _Call:
+    def prepare(*args: Any) -> Call:
         with alone:
             probe(*args)
             return last, taken.pop()
