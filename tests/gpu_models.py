@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from checkpoints import TinyModel, tiny_model
+import torch
+from checkpoints import PROMPT, TinyModel, reference_logprobs, save, tiny_model
 
 # Sizes that the Hopper GEMMs serve, and heads that FlashAttention serves.
 KINDS: dict[str, dict[str, Any]] = {
@@ -21,3 +23,10 @@ DECODED = 12
 def gpu_model(kind: str, **config: Any) -> TinyModel:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     return tiny_model(kind, **{**sizes, **KINDS[kind], **config})
+
+
+def saved(kind: str, form: str, folder: Path) -> tuple[Path, torch.Tensor]:
+    """A checkpoint in `folder`, and PROMPT's log-probabilities by Hugging Face."""
+    model = gpu_model(kind)
+    expected = reference_logprobs(model, PROMPT, folder / "reference")
+    return save(model, form, folder / form), expected

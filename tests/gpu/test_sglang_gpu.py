@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PROMPT, reference_logprobs, save
-from gpu_models import BOUNDS, DECODED, KINDS, gpu_model
+from checkpoints import PROMPT, save
+from gpu_models import BOUNDS, DECODED, KINDS, gpu_model, saved
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
 
@@ -40,7 +40,7 @@ GRAPHS = {"cuda_graph_bs_decode": [1, 2, 4], "cuda_graph_max_bs_decode": 4, "dis
 def _serve(model: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
     """PROMPT's log-probabilities, greedy tokens after it with theirs as decoding and as one prompt gave them, and the tokens
     once the weights have been read again."""
-    from prompt_logprobs import _reload
+    from prompt_logprobs import reload_weights
     from sglang import Engine
 
     engine = Engine(model_path=model, **settings)
@@ -54,7 +54,7 @@ def _serve(model: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
 
         given, tokens, decoded = ask(PROMPT, DECODED)
         together = ask(PROMPT + tokens, 1)[0][-DECODED:]
-        _reload(engine, model)
+        reload_weights(engine, model)
         reloaded = ask(PROMPT, DECODED)[1]
         return {"given": given, "tokens": tokens, "decoded": decoded, "together": together, "reloaded": reloaded}
     finally:
@@ -87,9 +87,7 @@ def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("form", ["bf16", "modelopt"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
-    model = gpu_model(kind)
-    expected = reference_logprobs(model, PROMPT, tmp_path / "reference")
-    folder = save(model, form, tmp_path / form)
+    folder, expected = saved(kind, form, tmp_path)
     for activation, (low, high) in BOUNDS.items():
         result = _run(folder, activation, **GRAPHS)
         error = _error(result["given"], expected)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PROMPT, reference_logprobs, save
-from gpu_models import BOUNDS, DECODED, KINDS, gpu_model
+from checkpoints import PROMPT, save
+from gpu_models import BOUNDS, DECODED, KINDS, gpu_model, saved
 from vllm_engine import engine, log_lines, logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
@@ -30,9 +30,7 @@ def _decode(llm: Any) -> tuple[list[int], torch.Tensor]:
 @pytest.mark.parametrize("form", ["bf16", "modelopt"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_log_probabilities(kind: str, form: str, tmp_path: Path) -> None:
-    model = gpu_model(kind)
-    expected = reference_logprobs(model, PROMPT, tmp_path / "reference")
-    folder = save(model, form, tmp_path / form)
+    folder, expected = saved(kind, form, tmp_path)
     settings: dict[str, Any] = {
         "dtype": "bfloat16",
         "enforce_eager": False,

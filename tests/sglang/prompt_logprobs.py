@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "sglang")]
 
 
-def _reload(engine: Any, model: str) -> None:
+def reload_weights(engine: Any, model: str) -> None:
     """Read the weights again. On a busy machine the scheduler has not yet put away the request that was just answered."""
     deadline = time.monotonic() + 60
     while True:
@@ -36,7 +36,7 @@ def with_sglang(model: str, dtype: str, prompt: list[int]) -> list[float]:
         sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
         output = engine.generate(input_ids=prompt, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
         assert len(output["output_ids"]) == 4
-        _reload(engine, model)
+        reload_weights(engine, model)
         again = engine.generate(input_ids=prompt, sampling_params=sampling)
         assert again["output_ids"] == output["output_ids"]
         return [logprob for logprob, *_ in output["meta_info"]["input_token_logprobs"][1:]]
