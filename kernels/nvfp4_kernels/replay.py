@@ -138,6 +138,8 @@ class Program:
         calls = _known.get(key)
         if calls is None:
             calls = [launch.call(addresses, stream) for launch in self.launches]
+            if stream and torch._C._cuda_isCurrentStreamCapturing():
+                return calls  # nobody comes back to the addresses of a graph that is being captured
             if len(_known) >= _MAX_KNOWN:
                 _known.pop(next(iter(_known)), None)
             _known[key] = calls

@@ -109,10 +109,14 @@ def hopper_plans() -> list[tuple[str, int, str, dict[str, int]]]:
     for split in (1, 4):
         for mode in ("none", "fp8_per_token"):
             for bm, warps in ((8, 4), (64, 8)):
-                tile = {"bm": bm, "warps": warps, "stages": 3, "split": split, "resident": 1}
+                tile = {"bm": bm, "warps": warps, "groups": 1, "stages": 3, "split": split, "resident": 1}
                 plans.append((mode, bm - 1, "decode", tile))
+            for bm, groups, stages in ((8, 2, 3), (16, 2, 4), (32, 2, 2), (64, 2, 2)):
+                tile = {"bm": bm, "warps": 4, "groups": groups, "stages": stages, "split": min(split, 2), "resident": 1}
+                plans.append((mode, 2 * bm - 1, "decode", tile))
             for warps, m in ((4, 130), (8, 150)):  # several tiles of tokens
-                plans.append((mode, m, "decode", {"bm": 64, "warps": warps, "stages": 2, "split": split, "resident": 2}))
+                tile = {"bm": 64, "warps": warps, "groups": 1, "stages": 2, "split": split, "resident": 2}
+                plans.append((mode, m, "decode", tile))
             plans.append((mode, 513, "large", {"bm": 256, "weight_stages": 3, "group": 8, "split": split}))
             tile = {"bm": 128, "weight_stages": 3, "x_stages": 6 if mode == "fp8_per_token" else 8, "group": 8, "split": split}
             plans.append((mode, 257, "medium", tile))
@@ -134,6 +138,38 @@ def test_every_hopper_gemm(mode: str, m: int, kernel: str, parameters: dict[str,
         outs.append(gpu.run(plan, x.cuda(), g.data, g.scales, g.row_scale(), out, mode, g.fp8_fold, None, bias.cuda()))
     check(outs[0], exact(x, w, mode, bias), mode, k)
     assert torch.equal(outs[0], outs[1])  # split-K adds up in a fixed order
+
+
+@pytest.mark.parametrize(
+    ("kernel", "parameters"),
+    [
+        ("decode", {"bm": 64, "warps": 4, "groups": 1, "stages": 3, "split": 1, "resident": 1}),
+        ("medium", {"bm": 128, "weight_stages": 3, "x_stages": 6, "group": 8, "split": 1}),
+        ("large", {"bm": 256, "weight_stages": 3, "group": 8, "split": 1}),
+        ("widen", {}),
+    ],
+)
+def test_every_code_of_every_scale_of_every_fold(kernel: str, parameters: dict[str, int]) -> None:
+    """Products with single ones give the FP8 operand back, bit for bit: scales that are subnormal, zero or NaN, too."""
+    assert arch() == 90, "these GEMMs are Hopper's"
+    k = 2048
+    largest = torch.arange(0, 128).clamp(max=126).repeat_interleave(2)  # of a row; 0x7F is NaN
+    scales = torch.minimum(torch.stack([torch.randperm(k // 16) for _ in largest]), largest[:, None])
+    scales[1::2] = scales[1::2].clamp(min=(largest[1::2, None] - 70).clamp(min=0))  # none that is very small beside others
+    scales[-1, 5] = 0x7F
+    codes = torch.rand(len(largest), k // 16, 16).argsort(-1).to(torch.uint8)
+    data = (codes[..., ::2] | codes[..., 1::2] << 4).flatten(1)
+    scales = scales.to(torch.uint8).view(torch.float8_e4m3fn)
+    fold = fp8_fold(scales)
+    assert fold.unique().numel() == 19  # 2^-15 to 2^3
+    x = torch.eye(k, dtype=torch.bfloat16, device="cuda")
+    out = torch.full((k, len(largest)), 12.0, dtype=torch.bfloat16, device="cuda")
+    one = torch.ones(1, device="cuda")
+    plan = gpu.Plan(kernel, parameters)
+    got = gpu.run(plan, x, data.cuda(), scales.cuda(), one, out, "fp8_per_token", fold.cuda(), None, None).cpu().t()
+    want = weight_operand(data, scales, fold).bfloat16()
+    assert got[-1].isnan().all()  # a NaN weight is in each of its sums
+    assert torch.equal(got[:-1], want[:-1])
 
 
 # (kernel, M, N, K, BM, shares): tiles of the last wave alone share their K, in unequal parts where it does not divide.

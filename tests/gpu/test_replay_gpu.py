@@ -141,9 +141,11 @@ def test_in_a_graph_and_beside_it(replays: list[replay.Program]) -> None:
         chain()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    kept = list(replay._known)
     with torch.cuda.graph(graph):
         captured = chain()
     assert len(replays) > 4
+    assert list(replay._known) == kept  # a capture's addresses come once
     for _ in range(5):
         x.copy_(randn(300, 1024))
         with as_written():

@@ -56,7 +56,8 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: i
         if signature[name].startswith("*") or name in ("K", "x_stride", "w_stride", "stride", "residual_stride", "row_words")
     }
     source = (GluonASTSource if gluon else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    options = {"num_warps": warps} | ({"maxnreg": constants["REGISTERS"]} if "REGISTERS" in constants else {})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def wgmma_operands(x: str, bn: int, bm: int, columns: int) -> dict[str, str]:
@@ -96,10 +97,12 @@ def rows() -> list[tuple[Any, ...]]:
             }  # fmt: skip
             made.append((f"medium {x} {reduce}", gemm_medium, types, constants, 90, 4, True))
     for x in ("fp8", "bf16"):
-        for bm, warps in ((8, 4), (64, 8)):
-            constants = {"BM": bm, "WARPS": warps, "STAGES": 4, "BURST": 2, "TOKEN": True, "BIAS": True, "REDUCE": True}
+        for bm, warps, groups in ((8, 4, 1), (64, 8, 1), (16, 4, 2), (64, 4, 2)):
+            ring = {"STAGES": 4, "BURST": 2} if groups == 1 else {"STAGES": 2, "BURST": 1}
+            registers = {"GROUPS": groups, "REGISTERS": 128 if bm <= 16 else 255}
+            constants = {"BM": bm, "WARPS": warps, **registers, **ring, "TOKEN": True, "BIAS": True, "REDUCE": True}
             types = wgmma_operands(x, 16 * warps, bm, 256) | {"w_desc": descriptor(gl.int32, "i32", [16 * warps, 32], 128)}
-            made.append((f"decode {x} {bm}", gemm_decode, types, constants, 90, warps, True))
+            made.append((f"decode {x} {bm} {groups}", gemm_decode, types, constants, 90, warps, True))
     for x in ("bf16", "fp16"):
         for warps_k, warps_n in ((8, 1), (2, 2)):
             types = {"w_ptr": "*i32", "s_ptr": "*i32", "x_ptr": f"*{x}", "out_ptr": f"*{x}", "bias_ptr": f"*{x}"}
@@ -146,6 +149,6 @@ if __name__ == "__main__":
     compiled = []
     for name, kernel, types, constants, arch, warps, gluon in rows():
         one = build(kernel, types, constants, arch, warps, gluon)
-        log = ptxas_says(one.asm["ptx"]) if name.startswith(("large", "medium")) else ""
+        log = ptxas_says(one.asm["ptx"]) if name.startswith(("large", "medium", "decode")) else ""
         compiled.append({"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared, "log": log})
     json.dump(compiled, sys.stdout)

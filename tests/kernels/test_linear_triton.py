@@ -117,7 +117,7 @@ def test_plan_reads_the_table(on_device) -> None:
 def test_entries_of_another_version_are_not_used(on_device, tmp_path, caplog) -> None:
     device = on_device(H100, 90)
     old = {"4": {"kernel": "few", "bm": 8, "warps": 4}, "32": {"kernel": "gone"}}
-    good = {"32": {"kernel": "decode", "bm": 64, "warps": 4, "stages": 3, "resident": 3, "split": 1}}
+    good = {"32": {"kernel": "decode", "bm": 64, "warps": 4, "groups": 2, "stages": 3, "resident": 1, "split": 1}}
     path = gpu.user_table_path(H100)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"linear": {"fp8_per_token": {"8192x512": old, "4096x512": good}, "auto": {"8192x512": 3}}}))
@@ -139,7 +139,7 @@ def test_every_shipped_entry_runs_somewhere() -> None:
                 assert (shape in table["auto"]) == ("1" in table["none"].get(shape, {}))
                 for m, entry in entries.items():
                     assert entry["kernel"] in ("few", "decode", "medium", "large", "widen")
-                    assert k // 256 >= entry.get("split", 1)
+                    assert k // 256 >= entry.get("split", 1) * entry.get("groups", 1)
                     assert entry["kernel"] != "few" or int(m) <= 8
                     assert entry["kernel"] != "decode" or int(m) <= max(entry["bm"], 256 * (entry["bm"] == 64))
 
@@ -151,7 +151,7 @@ def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) 
     for dtype in (torch.bfloat16, torch.float16):
         plan = gpu.plan(on_device("another Hopper", 90), mode, m, n, k, dtype)
         assert plan.reason
-        assert k // 256 >= plan.parameters.get("split", 1)
+        assert k // 256 >= plan.parameters.get("split", 1) * plan.parameters.get("groups", 1)
         assert plan.kernel != "few" or (m <= 8 and mode != "fp8_per_token")
         assert plan.kernel != "decode" or (m <= 128 and min(m, 64) <= plan.parameters["bm"] <= 64)
         assert plan.kernel != "widen" or (mode == "fp8_per_token" and dtype == torch.bfloat16 and n % 16 == 0)

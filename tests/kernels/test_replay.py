@@ -97,6 +97,8 @@ def test_launches_are_kept_with_their_addresses(monkeypatch: pytest.MonkeyPatch)
     program = record(function, *arguments())
     monkeypatch.setattr(replay, "_known", {})
     monkeypatch.setattr(replay, "_MAX_KNOWN", 3)
+    capturing = False
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing, raising=False)
     first = program._calls([16, 32, 48, 64], 0)
     assert program._calls([16, 32, 48, 64], 0) is first
     for addresses, stream in ([16, 32, 48, 80], 0), ([16, 32, 48, 64], 1):
@@ -105,6 +107,9 @@ def test_launches_are_kept_with_their_addresses(monkeypatch: pytest.MonkeyPatch)
     program._calls([16, 32, 96, 64], 0)  # a fourth: the first goes
     assert len(replay._known) == 3
     assert program._calls([16, 32, 48, 64], 0) is not first
+    kept, capturing = list(replay._known), True
+    program._calls([16, 32, 112, 64], 1)
+    assert list(replay._known) == kept
     check(function, *arguments())
 
 

@@ -469,7 +469,7 @@ def retire_products(
 
 
 @gluon.constexpr_function
-def _part_layout(bm, warps):
+def part_layout(bm, warps):
     """How [16 * warps * bm] values lie in an accumulator: registers m0 n3, lanes m1 m2 n0 n1 n2, warps n4.., registers m3.."""
     return gl.DistributedLinearLayout(
         [[1], [2], *([128 * warps << i] for i in range((bm // 8).bit_length() - 1))],
@@ -481,14 +481,14 @@ def _part_layout(bm, warps):
 
 
 @gluon.jit
-def _flat(acc, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
-    """acc [BN, BM] in the order of `_part_layout`."""
+def flat_of(acc, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr):
+    """acc [BN, BM] in the order of `part_layout`."""
     flat = gl.permute(gl.reshape(acc, [WARPS, 2, 8, BM // 8, 4, 2]), [3, 0, 2, 4, 1, 5])
-    return gl.convert_layout(gl.reshape(flat, [BN * BM]), _part_layout(BM, WARPS), assert_trivial=True)
+    return gl.convert_layout(gl.reshape(flat, [BN * BM]), part_layout(BM, WARPS), assert_trivial=True)
 
 
 @gluon.jit
-def _as_products(flat, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+def as_products(flat, BN: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
     values = gl.permute(gl.reshape(flat, [BM // 8, WARPS, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
     return gl.convert_layout(gl.reshape(values, [BN, BM]), LAYOUT, assert_trivial=True)
 
@@ -501,8 +501,8 @@ def sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, 
     pieces; the tile's counter is 0 again afterwards.
     """
     ACC: gl.constexpr = acc.type.layout
-    FLAT: gl.constexpr = _part_layout(BM, WARPS)
-    flat = _flat(acc, BN, BM, WARPS)
+    FLAT: gl.constexpr = part_layout(BM, WARPS)
+    flat = flat_of(acc, BN, BM, WARPS)
     offsets = gl.arange(0, BN * BM, FLAT)
     gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + offsets, flat)
     thread_barrier()
@@ -521,7 +521,7 @@ def sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, 
                 loaded = loaded + (values,)  # type: ignore[assignment]  # noqa: RUF005
             for i in gl.static_range(AT_ONCE):
                 flat += loaded[i]
-    return last, _as_products(flat, BN, BM, WARPS, ACC)
+    return last, as_products(flat, BN, BM, WARPS, ACC)
 
 
 @gluon.jit
@@ -544,12 +544,12 @@ def add_parts(
     TOKENS: gl.constexpr = BM // 8
     AT_ONCE: gl.constexpr = 3  # what counts is how much is on its way
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 32 if FP8 else 16])
-    offsets = gl.arange(0, BN * TOKENS, _part_layout(TOKENS, WARPS))
+    offsets = gl.arange(0, BN * TOKENS, part_layout(TOKENS, WARPS))
     parts_ptr = partial_ptr + (tile * split).to(gl.int64) * (BN * BM) + offsets
     pieces = pieces_of(acc, 8)
     for i in gl.static_range(8):
         if i * split // 8 != share:
-            gl.store(parts_ptr + share * (BN * BM) + i * BN * TOKENS, _flat(pieces[i], BN, TOKENS, WARPS))
+            gl.store(parts_ptr + share * (BN * BM) + i * BN * TOKENS, flat_of(pieces[i], BN, TOKENS, WARPS))
     thread_barrier()
     stored = gl.atomic_add(count_ptr + 2 * tile, 1, sem="acq_rel") + 1
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT))
@@ -568,7 +568,7 @@ def add_parts(
         own = pieces[0]
         for k in gl.static_range(1, 8):
             own = gl.where(i == k, pieces[k], own)
-        total = _flat(own, BN, TOKENS, WARPS)
+        total = flat_of(own, BN, TOKENS, WARPS)
         # In an order that depends on the piece alone.
         for j in range(0, split - 1, AT_ONCE):
             loaded = ()
@@ -579,7 +579,7 @@ def add_parts(
                 loaded = loaded + (values,)  # type: ignore[assignment]  # noqa: RUF005
             for k in gl.static_range(AT_ONCE):
                 total += loaded[k]
-        result = _rounded(_as_products(total, BN, TOKENS, WARPS, LAYOUT), factor, scale, bias, DTYPE, TOKEN, BIAS)
+        result = _rounded(as_products(total, BN, TOKENS, WARPS, LAYOUT), factor, scale, bias, DTYPE, TOKEN, BIAS)
         if BULK_STORE:
             tma_store_wait(0)
             store_bulk(result, out_desc, staging, 0, n0, m0 + i * TOKENS)

@@ -42,7 +42,7 @@ _TABLES = Path(__file__).parent.parent / "tables"
 _FALLBACK = "NVIDIA H100 80GB HBM3"
 _LOG = logging.getLogger(__name__)
 _TILE_N = 128
-_K_STEP = 256
+K_STEP = 256
 _SMALL = 6144 * 4096  # weights of a layer whose tiles of 128 tokens are too few for the processors
 
 # Microseconds on an H100, by the GEMM, the tokens of its tile and whether it multiplies e4m3: a step of 256 values of K, a unit
@@ -56,7 +56,7 @@ _COSTS = {
 }
 _PARAMETERS: dict[str, set[str]] = {
     "few": {"warps_k", "warps_n"},
-    "decode": {"bm", "warps", "stages", "resident", "split"},
+    "decode": {"bm", "warps", "groups", "stages", "resident", "split"},
     "medium": {"bm", "weight_stages", "x_stages", "group", "split"},
     "large": {"bm", "weight_stages", "group", "split"},
     "widen": set(),
@@ -138,8 +138,8 @@ def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan |
 
 def hopper_problem(n: int, k: int) -> str | None:
     """What keeps a shape from the Hopper GEMMs; None if nothing does."""
-    if k % _K_STEP:
-        return f"K = {k} is no multiple of {_K_STEP}, the step of the Hopper GEMMs"
+    if k % K_STEP:
+        return f"K = {k} is no multiple of {K_STEP}, the step of the Hopper GEMMs"
     return None
 
 
@@ -156,30 +156,32 @@ def rows_of_decode_tile(m: int) -> int:
 
 def most_shares(k: int) -> int:
     """Among how many blocks K may be shared: parts of less than two stages cost more to add up than they gain."""
-    return max(1, min(k // _K_STEP // 2, 16))
+    return max(1, min(k // K_STEP // 2, 16))
 
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
     bm = rows_of_decode_tile(m)
-    if bm == 64:
-        # x is as large as the weights in a stage of 64 features: 128, where these still make a tile for every processor.
-        shape = (8, 2, 2) if not fp8 else (8, 3, 2) if n >= 128 * processors else (4, 3, 3)
-    else:
-        shape = {8: (4, 4, 4), 16: (4, 4 if fp8 else 3, 4), 32: (4, 3, 4 if fp8 else 2)}[bm]
-    warps, stages, resident = shape
+    # Warps of a group, groups, stages, resident blocks.
+    shape = {8: (4, 1, 4, 4), 16: (4, 1, 3, 4), 32: (4, 1, 3, 4 if fp8 else 2), 64: (4, 1, 3, 2) if fp8 else (8, 1, 2, 2)}[bm]
+    warps, groups, stages, resident = shape
     tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
     # As many shares of K as keep all blocks busy at once.
     split = max(1, min(processors * (4 if bm <= 16 else 2) // tiles, most_shares(k)))
+    if fp8 and bm == 64 and most_shares(k) > 1:
+        # One block a processor with two groups, where that leaves few of them idle: half as many parts go through memory.
+        shares = processors // tiles
+        if shares and 10 * shares * tiles >= 7 * processors and 2 * shares <= most_shares(k):
+            groups, resident, split = 2, 1, shares
     return Plan(
         "decode",
-        {"bm": bm, "warps": warps, "stages": stages, "resident": resident, "split": split},
+        {"bm": bm, "warps": warps, "groups": groups, "stages": stages, "resident": resident, "split": split},
         "tens of rows are bound by the weights' bytes",
     )
 
 
 def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan]:
     """What "medium" and "large" can do about x [m, k] and a weight [n, k], the fastest first by a fit to measurements."""
-    stages = k // _K_STEP
+    stages = k // K_STEP
     found = []
     for (kernel, bm, e4m3), (step, unit, add, part) in _COSTS.items():
         if e4m3 != fp8:
@@ -275,7 +277,7 @@ def _launch_few(
     launch(
         gemm_few, (cdiv(n, 16 * warps_n),),
         data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias,
-        n, m, k // _K_STEP, k // 8, k // 64, x.stride(0),
+        n, m, k // K_STEP, k // 8, k // 64, x.stride(0),
         gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
         KW=warps_k, NW=warps_n, TOKEN=token_scale is not None, BIAS=bias is not None,
         num_warps=warps_k * warps_n, launch_pdl=True,
@@ -304,7 +306,7 @@ def _launch_wgmma(
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
     tiles = cdiv(n, bn) * cdiv(m, bm)
-    stages, split = k // _K_STEP, options["split"]
+    stages, split = k // K_STEP, options["split"]
     whole = 0
     if not few:
         # Whole waves of tiles first: those of the last, partial wave alone share their K. Their blocks wait for each other, so
@@ -319,13 +321,15 @@ def _launch_wgmma(
         from .gemm_decode import gemm_decode
         from .hopper import burst_of
 
-        registers = min(255, 65536 // (32 * options["warps"] * options["resident"]) // 8 * 8)
+        groups = options["groups"]
+        registers = min(255, 65536 // (32 * options["warps"] * groups * options["resident"]) // 8 * 8)
         launch(
             gemm_decode, (min(tiles * split, processors * options["resident"]),),
-            descriptor(data, (bn, 32), torch.int32), descriptor(scales, (bn, 8), torch.int16), descriptor(x, (bm, _K_STEP)),
+            descriptor(data, (bn, 32), torch.int32), descriptor(scales, (bn, 8), torch.int16), descriptor(x, (bm, K_STEP)),
             out, fold, row_scale, token_scale, bias, partial, counters, n, m, stages, split,
             gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
-            BM=bm, WARPS=options["warps"], STAGES=options["stages"], BURST=burst_of(options["stages"]),
+            BM=bm, WARPS=options["warps"], GROUPS=groups, REGISTERS=registers,
+            STAGES=options["stages"], BURST=burst_of(options["stages"]),
             TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
             num_warps=options["warps"], maxnreg=registers, launch_pdl=True,
         )  # fmt: skip

@@ -14,42 +14,49 @@ from . import linear
 from .launch import cdiv
 from .linear import Plan
 
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The M that tables hold. A call takes the first of them that is no smaller than its own M."""
 MODES = ("none", "fp8_per_token")
 """What is measured. The W4A4 modes run the GEMM of "none" over decoded activations."""
 
 Call = Callable[[], object]
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-# (BM, warps, stages, resident blocks) of the decode GEMM by what it multiplies.
+# (BM, warps of a group, groups, stages, resident blocks) of the decode GEMM by what it multiplies. Longer rings hold up x,
+# which waits behind their weights.
 _DECODE_TILES = {
-    "none": ((8, 4, 4, 4), (16, 4, 3, 4), (16, 4, 4, 3), (32, 4, 3, 2), (64, 8, 2, 2)),
+    "none": (
+        *((8, 4, *tile) for tile in ((1, 3, 4), (1, 4, 4), (2, 2, 2), (2, 3, 2))),
+        *((16, 4, *tile) for tile in ((1, 2, 4), (1, 3, 4), (1, 4, 3), (2, 2, 2))),
+        *((32, 4, *tile) for tile in ((1, 2, 3), (1, 3, 2), (2, 2, 1), (2, 3, 1))),
+        *((64, *tile) for tile in ((8, 1, 2, 2), (4, 1, 2, 2), (4, 2, 2, 1))),
+    ),
     "fp8_per_token": (
-        *((8, *tile) for tile in ((4, 4, 4), (4, 6, 3))),
-        *((16, *tile) for tile in ((4, 3, 4), (4, 4, 4), (4, 6, 2))),
-        *((32, *tile) for tile in ((4, 3, 4), (4, 4, 3), (8, 4, 2))),
-        *((64, *tile) for tile in ((4, 3, 3), (4, 4, 2), (8, 3, 2), (8, 6, 1))),
+        *((8, 4, *tile) for tile in ((1, 2, 4), (1, 3, 4), (1, 4, 4), (2, 2, 2), (2, 3, 2))),
+        *((16, 4, *tile) for tile in ((1, 2, 4), (1, 3, 4), (1, 4, 4), (2, 2, 2), (2, 3, 2))),
+        *((32, 4, *tile) for tile in ((1, 2, 4), (1, 3, 3), (1, 4, 3), (2, 2, 2), (2, 3, 1))),
+        *((64, *tile) for tile in ((4, 1, 2, 4), (4, 1, 2, 3), (4, 1, 3, 2), (4, 2, 2, 1), (4, 2, 3, 1), (8, 1, 3, 2))),
     ),
 }
 
 
-def _splits(k: int, tiles: int, blocks: int) -> list[int]:
+def _splits(k: int, tiles: int, groups: int, blocks: int) -> list[int]:
     """Shares of a tile's K worth a try: the largest that leave every block at most one unit of work, one less, and the next."""
     if tiles >= blocks:
         return [1]
     wanted = blocks // tiles
-    return sorted({min(max(split, 1), linear.most_shares(k)) for split in (wanted - 1, wanted, wanted + 1)})
+    most = max(1, linear.most_shares(k) // groups)
+    return sorted({min(max(split, 1), most) for split in (wanted - 1, wanted, wanted + 1)})
 
 
 def _decode_plans(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
     plans = []
     bm = linear.rows_of_decode_tile(m)
-    for rows, warps, stages, resident in _DECODE_TILES[mode]:
-        if rows != bm:
+    for rows, warps, groups, stages, resident in _DECODE_TILES[mode]:
+        if rows != bm or groups > k // linear.K_STEP:
             continue
-        tile = {"bm": bm, "warps": warps, "stages": stages, "resident": resident}
+        tile = {"bm": bm, "warps": warps, "groups": groups, "stages": stages, "resident": resident}
         tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
-        for split in _splits(k, tiles, processors * resident):
+        for split in _splits(k, tiles, groups, processors * resident):
             plans.append(Plan("decode", {**tile, "split": split}))
     return plans
 
