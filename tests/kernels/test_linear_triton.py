@@ -110,8 +110,14 @@ def test_plan_reads_the_table(on_device) -> None:
         assert H100 in plan.reason
     # The W4A4 modes run the GEMM of "none".
     assert gpu.plan(device, "nvfp4_per_token", 64, 6144, 4096) == gpu.plan(device, "none", 64, 6144, 4096)
-    # Another Hopper device takes the H100's numbers, and the reason says so.
-    assert H100 in gpu.plan(on_device("NVIDIA H200", 90), "none", 64, 6144, 4096).reason
+    # Another Hopper device takes the H100's numbers where it has none of its own, and the reason says so.
+    for name, mode, m, origin in (
+        ("NVIDIA H800", "fp8_per_token", 64, H100),
+        ("NVIDIA H200", "fp8_per_token", 64, "NVIDIA H200"),
+        ("NVIDIA H200", "none", 64, H100),
+    ):
+        reason = gpu.plan(on_device(name, 90), mode, m, 6144, 4096).reason
+        assert reason == f"measured on {origin} for 6144 x 4096 at M = {m}"
 
 
 def test_entries_of_another_version_are_not_used(on_device, tmp_path, caplog) -> None:

@@ -93,17 +93,27 @@ def shipped_table_path(name: str) -> Path:
 
 
 @functools.cache
-def _table(name: str) -> tuple[dict[str, Any], str]:
-    """The tuning table for a Hopper GPU, and where it was measured: what the user measured over what is shipped for the
-    device; for a name without a shipped table the H100's, whose processors are the same."""
-    shipped = shipped_table_path(name)
-    origin = name if shipped.is_file() or user_table_path(name).is_file() else _FALLBACK
+def _table(name: str) -> dict[str, Any]:
+    """The tuning table for a Hopper GPU: {mode: {"NxK": {"M": (entry, where it was measured)}}, "auto": {"NxK": M}}.
+
+    What the user measured goes before what is shipped for the device, and that before the H100's numbers: other Hoppers have
+    the same processors.
+    """
     merged: dict[str, Any] = {}
-    for path in (shipped if shipped.is_file() else shipped_table_path(_FALLBACK), user_table_path(name)):
+    for path, origin in (
+        (shipped_table_path(_FALLBACK), _FALLBACK),
+        (shipped_table_path(name), name),
+        (user_table_path(name), name),
+    ):
         if path.is_file():
             for mode, shapes in json.loads(path.read_text())["linear"].items():
-                merged.setdefault(mode, {}).update(shapes if mode == "auto" else _current(shapes, path))
-    return merged, origin
+                known = merged.setdefault(mode, {})
+                if mode == "auto":
+                    known.update(shapes)
+                else:
+                    for shape, rows in _current(shapes, path).items():
+                        known.setdefault(shape, {}).update({m: (entry, origin) for m, entry in rows.items()})
+    return merged
 
 
 def _current(shapes: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -124,15 +134,15 @@ def _current(shapes: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan | None:
     """What a table says: the entry of the first M there that is no smaller than m, if less than twice as large, or the last."""
-    table, origin = _table(cuda_device(device.index or 0)[0])
-    entries = table.get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
+    entries = _table(cuda_device(device.index or 0)[0]).get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
     if not entries:
         return None
     rows = sorted(map(int, entries))
     at = next((row for row in rows if row >= m), rows[-1])
     if at >= 2 * m:
         return None
-    parameters = dict(entries[str(at)])
+    entry, origin = entries[str(at)]
+    parameters = dict(entry)
     return Plan(parameters.pop("kernel"), parameters, f"measured on {origin} for {n} x {k} at M = {at}")
 
 
@@ -237,7 +247,7 @@ def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     name, arch, _ = cuda_device(device.index or 0)
     if arch != 90 or hopper_problem(n, k):
         return "none"
-    first = _table(name)[0].get("auto", {}).get(f"{n}x{k}")
+    first = _table(name).get("auto", {}).get(f"{n}x{k}")
     return "fp8_per_token" if m >= (9 if first is None else first) else "none"
 
 
