@@ -134,6 +134,20 @@ def test_entries_of_another_version_are_not_used(on_device, tmp_path, caplog) ->
     assert [str(path) in message and "8192x512" in message for message in caplog.messages] == [True]
 
 
+def test_rows_that_the_user_measured_go_before_shipped_ones(on_device) -> None:
+    mine = {"kernel": "decode", "bm": 64, "warps": 4, "groups": 1, "stages": 5, "resident": 1, "split": 1}
+    path = gpu.user_table_path("NVIDIA H200")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"linear": {"fp8_per_token": {"6144x4096": {"64": mine}}}}))
+    device = on_device("NVIDIA H200", 90)
+    plan = gpu.plan(device, "fp8_per_token", 50, 6144, 4096)
+    assert {"kernel": plan.kernel, **plan.parameters} == mine
+    for name, m in (("NVIDIA H200", 16), (H100, 32)):  # the others as they were
+        shipped = json.loads(gpu.shipped_table_path(name).read_text())["linear"]["fp8_per_token"]["6144x4096"][str(m)]
+        plan = gpu.plan(device, "fp8_per_token", m, 6144, 4096)
+        assert {"kernel": plan.kernel, **plan.parameters} == shipped
+
+
 def test_every_shipped_entry_runs_somewhere() -> None:
     for path in gpu.shipped_table_path(H100).parent.glob("*.json"):
         table = json.loads(path.read_text())["linear"]
