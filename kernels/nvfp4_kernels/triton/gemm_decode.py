@@ -23,6 +23,7 @@ from .hopper import (
     decode_part,
     flat_of,
     load_fold,
+    load_x,
     pairs_of_fold,
     part_layout,
     part_of,
@@ -42,11 +43,9 @@ def _load_weights(w_desc, s_desc, words, scales, full, n0, k, slot, pred):
 
 
 @gluon.jit
-def _load_x(x_desc, x_ring, full, m0, k, slot, pred):
-    """x of stage k into `slot`."""
-    bar = full.index(slot)
-    mbarrier.expect(bar, x_desc.block_type.nbytes, pred=pred)
-    tma_load(x_desc, [m0, k * 256], bar, x_ring.index(slot), pred=pred)
+def _stages_of(unit, stages, split, INDEX: gl.constexpr, GROUPS: gl.constexpr):
+    """(first stage, stages) of a group's share of a unit of work."""
+    return part_of(unit % split * GROUPS + INDEX, stages, split * GROUPS)
 
 
 @gluon.jit
@@ -89,12 +88,11 @@ def _group(
 
     m_tiles = gl.cdiv(M, BM)
     units = gl.cdiv(N, BN) * m_tiles * split
-    shares = split * GROUPS
     stride = gl.num_programs(0)
     # The loads run ahead of the products, across units; divisions happen between units alone.
     ahead = gl.program_id(0)
     n_ahead = ahead // split // m_tiles * BN
-    k_ahead, left = part_of(ahead % split * GROUPS + INDEX, stages, shares)
+    k_ahead, left = _stages_of(ahead, stages, split, INDEX, GROUPS)
     for i in gl.static_range(STAGES - BURST):
         _load_weights(w_desc, s_desc, words, scales, w_full, n_ahead, k_ahead, FIRST + i, ahead < units)
         k_ahead += 1
@@ -102,20 +100,20 @@ def _group(
         if left == 0:
             ahead += stride
             n_ahead = ahead // split // m_tiles * BN
-            k_ahead, left = part_of(ahead % split * GROUPS + INDEX, stages, shares)
+            k_ahead, left = _stages_of(ahead, stages, split, INDEX, GROUPS)
     # The weights of the first stages are on their way while the kernel that prepares x still runs.
     wait_for_previous_kernel()
     x_unit = gl.program_id(0)
     m_ahead = x_unit // split % m_tiles * BM
-    x_k, x_left = part_of(x_unit % split * GROUPS + INDEX, stages, shares)
+    x_k, x_left = _stages_of(x_unit, stages, split, INDEX, GROUPS)
     for i in gl.static_range(STAGES - BURST):
-        _load_x(x_desc, x_ring, x_full, m_ahead, x_k, FIRST + i, x_unit < units)
+        load_x(x_desc, x_ring, x_full, m_ahead, x_k, FIRST + i, x_unit < units)
         x_k += 1
         x_left -= 1
         if x_left == 0:
             x_unit += stride
             m_ahead = x_unit // split % m_tiles * BM
-            x_k, x_left = part_of(x_unit % split * GROUPS + INDEX, stages, shares)
+            x_k, x_left = _stages_of(x_unit, stages, split, INDEX, GROUPS)
 
     slot = 0
     phase = 0
@@ -127,7 +125,7 @@ def _group(
         if FP8:
             fold = pairs_of_fold(load_fold(fold_ptr, tile // m_tiles * BN, N, BN, PAIRS), PAIRS)
         token = warpgroup_mma_init(gl.zeros([BN, BM], gl.float32, ACC))
-        _, count = part_of(unit % split * GROUPS + INDEX, stages, shares)
+        _, count = _stages_of(unit, stages, split, INDEX, GROUPS)
         for _stage in range(count):
             mbarrier.wait(w_full.index(FIRST + slot), phase)
             if SETS == 2:
@@ -140,14 +138,14 @@ def _group(
                 for i in gl.static_range(BURST):
                     at = FIRST + free + i
                     _load_weights(w_desc, s_desc, words, scales, w_full, n_ahead, k_ahead, at, ahead < units)
-                    _load_x(x_desc, x_ring, x_full, m_ahead, k_ahead, at, ahead < units)
+                    load_x(x_desc, x_ring, x_full, m_ahead, k_ahead, at, ahead < units)
                     k_ahead += 1
                     left -= 1
                     if left == 0:
                         ahead += stride
                         n_ahead = ahead // split // m_tiles * BN
                         m_ahead = ahead // split % m_tiles * BM
-                        k_ahead, left = part_of(ahead % split * GROUPS + INDEX, stages, shares)
+                        k_ahead, left = _stages_of(ahead, stages, split, INDEX, GROUPS)
                 free = slot
             if SETS == 1:
                 first = _operand(words, scales, FIRST + slot, fold, 0, BN, WORDS, PAIRS, OPERAND, FP8, FP16)

@@ -425,7 +425,7 @@ def store_tile(
 
 @gluon.jit
 def load_x(x_desc, x_ring, full, row, k, slot, pred):
-    """x stage k (128 bytes of a row) of rows `row`.. into `slot`."""
+    """x stage k, a box of x_desc, of rows `row`.. into `slot`."""
     bar = full.index(slot)
     mbarrier.expect(bar, x_desc.block_type.nbytes, pred=pred)
     tma_load(x_desc, [row, k * x_desc.block_type.shape[1]], bar, x_ring.index(slot), pred=pred)

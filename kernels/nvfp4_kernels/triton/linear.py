@@ -100,11 +100,8 @@ def _table(name: str) -> dict[str, Any]:
     the same processors.
     """
     merged: dict[str, Any] = {}
-    for path, origin in (
-        (shipped_table_path(_FALLBACK), _FALLBACK),
-        (shipped_table_path(name), name),
-        (user_table_path(name), name),
-    ):
+    shipped = dict.fromkeys((_FALLBACK, name))  # an H100's own comes once
+    for path, origin in (*((shipped_table_path(origin), origin) for origin in shipped), (user_table_path(name), name)):
         if path.is_file():
             for mode, shapes in json.loads(path.read_text())["linear"].items():
                 known = merged.setdefault(mode, {})
@@ -177,7 +174,7 @@ def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
     tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
     # As many shares of K as keep all blocks busy at once.
     split = max(1, min(processors * (4 if bm <= 16 else 2) // tiles, most_shares(k)))
-    if fp8 and bm == 64 and most_shares(k) > 1:
+    if fp8 and bm == 64:
         # One block a processor with two groups, where that leaves few of them idle: half as many parts go through memory.
         shares = processors // tiles
         if shares and 10 * shares * tiles >= 7 * processors and 2 * shares <= most_shares(k):
