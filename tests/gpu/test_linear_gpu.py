@@ -120,8 +120,8 @@ def hopper_plans() -> list[tuple[str, int, str, dict[str, int]]]:
             plans.append((mode, 513, "large", {"bm": 256, "weight_stages": 3, "group": 8, "split": split}))
             tile = {"bm": 128, "weight_stages": 3, "x_stages": 6 if mode == "fp8_per_token" else 8, "group": 8, "split": split}
             plans.append((mode, 257, "medium", tile))
-    for warps_k, warps_n, m in ((1, 1, 7), (4, 2, 8), (8, 1, 1), (2, 4, 3)):
-        plans.append(("none", m, "few", {"warps_k": warps_k, "warps_n": warps_n}))
+    for warps, apart, m in ((1, 0, 7), (4, 1, 8), (8, 0, 1), (2, 1, 3)):
+        plans.append(("none", m, "few", {"warps": warps, "apart": apart}))
     return [*plans, ("fp8_per_token", 70, "widen", {})]
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import triton
-from compile_rows import ptxas_says
+from compile_rows import machine_code, ptxas_says
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
@@ -104,10 +104,16 @@ def rows() -> list[tuple[Any, ...]]:
             types = wgmma_operands(x, 16 * warps, bm, 256) | {"w_desc": descriptor(gl.int32, "i32", [16 * warps, 32], 128)}
             made.append((f"decode {x} {bm} {groups}", gemm_decode, types, constants, 90, warps, True))
     for x in ("bf16", "fp16"):
-        for warps_k, warps_n in ((8, 1), (2, 2)):
-            types = {"w_ptr": "*i32", "s_ptr": "*i32", "x_ptr": f"*{x}", "out_ptr": f"*{x}", "bias_ptr": f"*{x}"}
-            constants = {"KW": warps_k, "NW": warps_n, "TOKEN": False, "BIAS": False}
-            made.append((f"few {x} {warps_k}", gemm_few, types, constants, 90, warps_k * warps_n, True))
+        for warps, apart in ((8, False), (2, True)):
+            types = {
+                "w_ptr": "*i32",
+                "s_ptr": "*i16" if apart else "*i32",
+                "x_ptr": f"*{x}",
+                "out_ptr": f"*{x}",
+                "bias_ptr": f"*{x}",
+            }
+            constants = {"KW": warps, "APART": apart, "TOKEN": False, "BIAS": False}
+            made.append((f"few {x} {warps}", gemm_few, types, constants, 90, warps, True))
     for source, out, permute, block, whole in (
         *((source, "fp8", permute, *shape) for source in SOURCES for permute in (False, True) for shape in ROW_SHAPES),
         *((source, x, False, *ROW_SHAPES[0]) for source in SOURCES for x in ("bf16", "fp16")),
@@ -150,5 +156,8 @@ if __name__ == "__main__":
     for name, kernel, types, constants, arch, warps, gluon in rows():
         one = build(kernel, types, constants, arch, warps, gluon)
         log = ptxas_says(one.asm["ptx"]) if name.startswith(("large", "medium", "decode")) else ""
-        compiled.append({"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared, "log": log})
+        found = {"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared, "log": log}
+        if name.startswith("few"):
+            found["code"] = machine_code(one)
+        compiled.append(found)
     json.dump(compiled, sys.stdout)

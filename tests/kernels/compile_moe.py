@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton.backends.nvidia
-from compile_rows import Row, compile_row, ptxas_says
+from compile_rows import Row, compile_row, ptxas_says, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as triton_compile
 from triton.experimental.gluon import language as gl
@@ -136,17 +131,6 @@ def rows(arch: int) -> list[Row]:
             ("y", "out", "hidden"),
         ),
     ]
-
-
-def resource_usage(compiled: Any) -> dict[str, int]:
-    """Registers of a thread, bytes of stack and local memory of a finished binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-        command = [str(tool), "--dump-resource-usage", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
 def compile_hopper(

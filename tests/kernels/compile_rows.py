@@ -122,7 +122,6 @@ ROWS = (
 def compile_row(row: Row, arch: int) -> dict[str, Any]:
     """PTX of a row, and from the finished binary its registers and the bytes of stack and local memory."""
     import triton
-    import triton.backends.nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -141,14 +140,30 @@ def compile_row(row: Row, arch: int) -> dict[str, Any]:
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": row.warps, **options},
     )
+    return {"name": row.name, "arch": arch, "ptx": compiled.asm["ptx"], **resource_usage(compiled)}
+
+
+def _dumped(compiled: Any, option: str) -> str:
+    """What Triton's cuobjdump prints of a finished binary."""
+    import triton.backends.nvidia
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-        command = [str(tool), "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"name": row.name, "arch": arch, "ptx": compiled.asm["ptx"], **numbers}
+        return subprocess.run([str(tool), option, cubin.name], capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(compiled: Any) -> dict[str, int]:
+    """Registers of a thread, bytes of stack and local memory of a finished binary."""
+    text = _dumped(compiled, "--dump-resource-usage")
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def machine_code(compiled: Any) -> list[tuple[int, str]]:
+    """Address and text of every instruction of a finished binary."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _dumped(compiled, "--dump-sass"), re.MULTILINE)
+    return [(int(address, 16), text.strip()) for address, text in found]
 
 
 def ptxas_says(ptx: str) -> str:

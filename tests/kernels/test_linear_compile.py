@@ -67,6 +67,10 @@ def test_decode(compiled: Variants, x: str, bm: int, groups: int) -> None:
     # The weights' first copies come before the wait for the kernel that prepares x, x's own after it.
     ptx = variant["ptx"]
     assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait") < ptx.rindex("cp.async.bulk.tensor")
+    # The next kernel may start with the last products; with two groups and many rows, when parts are added up.
+    starts = ptx.index("griddepcontrol.launch_dependents")
+    assert ptx.rindex("wgmma.mma_async", 0, starts) < starts < ptx.rindex("st.global")
+    assert ("atom" in ptx[:starts]) == (groups == 2 and bm > 16)
     # What a stage begins with is decoded before its x is waited for: 128 values of K, in e4m3 all 256 where registers suffice.
     first = ptx.index("wgmma.mma_async")
     assert not re.search(r"prmt|bf16x2", ptx[ptx.rindex("mbarrier.try_wait", 0, first) : first])
@@ -77,16 +81,24 @@ def test_decode(compiled: Variants, x: str, bm: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("x", ["bf16", "fp16"])
-@pytest.mark.parametrize("warps_k", [2, 8])
-def test_few(compiled: Variants, x: str, warps_k: int) -> None:
-    variant = compiled[f"few {x} {warps_k}", 90]
+@pytest.mark.parametrize("warps", [2, 8])
+def test_few(compiled: Variants, x: str, warps: int) -> None:
+    variant = compiled[f"few {x} {warps}", 90]
     assert count(variant, r"mma\.sync\.aligned\.m16n8k16") == 2 * 16
     assert count(variant, r"ld\.global(?:\.\w+)*\.v4\.b32") >= 2 * 4  # 16-byte loads of the packed weights
     ptx = variant["ptx"]
     assert ptx.index("ld.global") < ptx.index("griddepcontrol.wait")
+    assert ptx.rindex("mma.sync") < ptx.index("griddepcontrol.launch_dependents")
     # Warps meet in the sum at the end alone.
     assert "bar.sync" not in ptx[: ptx.rindex("mma.sync")]
     assert "shared" not in ptx[ptx.index("griddepcontrol.wait") : ptx.rindex("mma.sync")]
+    # ptxas moves loads to where registers are free. At the end of a turn of the loop the next weights would come too late:
+    # a layer took 10 to 20 % longer.
+    jumps = ((at, re.search(r"BRA .*?0x([0-9a-f]+)", text)) for at, text in variant["code"])
+    start, end = max(((int(to[1], 16), at) for at, to in jumps if to), key=lambda loop: loop[1] - loop[0])
+    loads = [at for at, text in variant["code"] if start <= at <= end and "LDG.E.128" in text]
+    assert len(loads) == 2 * (8 + 4)  # x and weights of two steps
+    assert max(loads) < start + 0.8 * (end - start)
 
 
 READS = {"plain": 1, "rms_norm": 2, "silu_and_mul": 2, "add_rms_norm": 3}  # rows as long as x's: itself, weight, up, residual

@@ -80,13 +80,15 @@ def _prepare_rows(x: torch.Tensor, source: Source, out: torch.Tensor, scale: tor
     from .activation_hopper import prepare_rows
 
     m, k = out.shape
-    block, warps = _row_tile(m, k)
+    # Nothing asks for a sum over a row; for very many rows a program for each is 2 to 4 % faster.
+    shared = scale is None and source.kind == "silu_and_mul" and m <= 1024
+    block, warps = (1024, 4) if shared else _row_tile(m, k)
     residual = source.residual
     launch(
-        prepare_rows, (m,),
+        prepare_rows, (m, cdiv(k, block) if shared else 1),
         x, residual, source.norm_weight, out, scale, source.total, x.stride(0),
         0 if residual is None else residual.stride(0), k, source.eps,
-        SOURCE=source.kind, PERMUTE=order == "fp8", BLOCK=block, WHOLE=k <= block, WARPS=warps,
+        SOURCE=source.kind, PERMUTE=order == "fp8", BLOCK=block, WHOLE=shared or k <= block, WARPS=warps,
         num_warps=warps, launch_pdl=True,
     )  # fmt: skip
 

@@ -110,6 +110,7 @@ def prepare_rows(
 ):  # fmt: skip
     """Row program_id(0) of a layer's input (reference/source.py) to out [M, K], BLOCK values at a time; WHOLE: BLOCK >= K.
 
+    Where no sum over a row is asked for, several programs may share it: program_id(1) is a block then, and WHOLE.
     out is e4m3, with a decode scale for each row, or of x's type. K is a multiple of 128; PERMUTE puts e4m3 into the order
     of the Hopper GEMMs' operands. Longer rows are read again for each sum over them, from the caches.
     """
@@ -124,8 +125,9 @@ def prepare_rows(
         prefetch(weight_ptr + gl.minimum(line, K - 1))
     wait_for_previous_kernel()
     row = gl.program_id(0).to(gl.int64)
-    k = gl.arange(0, BLOCK, IN)
-    to = gl.arange(0, BLOCK, OUT)
+    first = gl.program_id(1) * BLOCK
+    k = first + gl.arange(0, BLOCK, IN)
+    to = first + gl.arange(0, BLOCK, OUT)
     x_row = x_ptr + row * stride
     residual_row = x_row
     if SOURCE == "add_rms_norm":

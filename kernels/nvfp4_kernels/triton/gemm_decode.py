@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_compat import thread_barrier, tma_load, wait_for_previous_kernel
+from .gluon_compat import let_next_kernel_start, thread_barrier, tma_load, wait_for_previous_kernel
 from .hopper import (
     as_products,
     decode_part,
@@ -77,6 +77,9 @@ def _group(
     FIRST: gl.constexpr = INDEX * STAGES  # slot of the rings
     # Operands in registers at a time. ptxas gives each group registers of its own for them: at 128 a thread, one set has room.
     SETS: gl.constexpr = 2 if GROUPS == 1 or REGISTERS > 128 else 1
+    # When the next kernel may start: with the last products, so that it finds room where blocks are done. Two groups take a
+    # processor or half of one, and blocks of the next kernel would gather there, one for each token.
+    LATE: gl.constexpr = GROUPS == 2 and BM > 16
     EARLY: gl.constexpr = 2 if FP8 and SETS == 2 else 1  # parts of a stage that are decoded before its x is waited for
     WARP_ROWS: gl.constexpr = [[16, 0], [32, 0]] if WARPS == 4 else [[16, 0], [32, 0], [64, 0]]
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
@@ -168,6 +171,9 @@ def _group(
                 slot = 0
                 phase ^= 1
         acc = warpgroup_mma_wait(0, deps=[token])
+        if INDEX == 0 and not LATE:  # noqa: SIM102
+            if unit + stride >= units:
+                let_next_kernel_start()
 
         if GROUPS > 1:
             flat = flat_of(acc, BN, BM, WARPS)
@@ -186,6 +192,9 @@ def _group(
             last = True
             if REDUCE:
                 last, acc = sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN, BM, WARPS)
+            if LATE:  # noqa: SIM102
+                if unit + stride >= units:
+                    let_next_kernel_start()
             if last:
                 n = tile // m_tiles * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
                 m = tile % m_tiles * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))

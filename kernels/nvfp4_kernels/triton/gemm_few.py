@@ -1,9 +1,11 @@
 """GEMM for a few rows, Ampere's matrix instructions: nothing between the weights and the operand registers.
 
-A thread takes 64 consecutive codes of a row, two 16-byte loads of the checkpoint's own bytes, as 16 steps of its operand;
-x is read in the matching order. No barrier, no shuffle, no shared memory in the loop: a warp waits for memory alone, and its
-weights come one step ahead. The warps of a block share K, each a product of a batch, in turns of neighbouring pieces, and
-add up at the end. See hopper.py for the permutation of K and the decoding.
+A thread takes 64 codes of a row, two 16-byte loads of the checkpoint's own bytes, as 16 steps of its operand; x is read in
+the matching order. With up to four rows the 64 codes follow each other, so that their scales are one load. More rows of x
+cost the caches more than that: then each load's 32 codes follow those of the thread before, and x lies closer together. No
+barrier, no shuffle, no shared memory in the loop: a warp waits for memory alone, and its weights come one step ahead. The
+warps of a block share K, each a product of a batch, in turns of neighbouring pieces, and add up at the end. See hopper.py
+for the permutation of K and the decoding.
 """
 
 from __future__ import annotations
@@ -12,16 +14,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .gluon_compat import wait_for_previous_kernel
+from .gluon_compat import let_next_kernel_start, wait_for_previous_kernel
 from .hopper import decode_values, scale_pairs, scaled, store_direct
 
 
 @gluon.constexpr_function
-def _layout(registers, lanes, shape, n_warps, row):
-    """A layout of [KW, rows, columns] values: the n_warps warps that share a part of K lie `row` rows apart."""
-    warps = [[0, row << i, 0] for i in range(n_warps.bit_length() - 1)]
-    warps += [[1 << i, 0, 0] for i in range(shape[0].bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
+def _layout(registers, lanes, shape):
+    """A layout of [KW, rows, columns] values: every warp has a part of K, and of its lanes eight rows."""
+    warps = [[1 << i, 0, 0] for i in range(shape[0].bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, [*lanes, [0, 1, 0], [0, 2, 0], [0, 4, 0]], warps, [], shape)
 
 
 @gluon.jit
@@ -33,52 +34,64 @@ def _positions(SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _decode(words, scales, KW: gl.constexpr, BN: gl.constexpr, OPERAND: gl.constexpr, FP16: gl.constexpr):
-    """int32 words [KW, BN, 32] and four scales a thread, int32 [KW, BN, 4], to 16-bit values [KW, BN, 256] as operand."""
-    LAYOUT: gl.constexpr = words.type.layout
-    s0, s1 = scale_pairs(scales & 0xFFFF, FP16)
-    s2, s3 = scale_pairs((scales >> 16) & 0xFFFF, FP16)
-    s = gl.join(gl.join(s0, s2), gl.join(s1, s3))  # [KW, BN, 4, high half, second of a pair]
-    s = gl.reshape(gl.join(s, s), [KW, BN, 32])
-    v0, v1, v2, v3, v4, v5, v6, v7 = decode_values(words, gl.convert_layout(s, LAYOUT, assert_trivial=True), FP16)
+def _decode(words, scales, KW: gl.constexpr, BN: gl.constexpr, OPERAND: gl.constexpr, APART: gl.constexpr, FP16: gl.constexpr):
+    """int32 words [KW, BN, 32] and their scales to 16-bit values [KW, BN, 256] as operand.
+
+    scales: int32 [KW, BN, 4], four a thread; APART: int16 [KW, BN, 8], two for each of its loads.
+    """
+    if APART:
+        first, second = scale_pairs(scales, FP16)
+        s = gl.join(first, second)
+    else:
+        s0, s1 = scale_pairs(scales & 0xFFFF, FP16)
+        s2, s3 = scale_pairs((scales >> 16) & 0xFFFF, FP16)
+        s = gl.join(gl.join(s0, s2), gl.join(s1, s3))  # thread, load, second of a pair
+    s = gl.convert_layout(gl.reshape(gl.join(s, s), [KW, BN, 32]), words.type.layout, assert_trivial=True)
+    v0, v1, v2, v3, v4, v5, v6, v7 = decode_values(words, s, FP16)
     a = gl.join(gl.join(gl.join(v0, v1), gl.join(v2, v3)), gl.join(gl.join(v4, v5), gl.join(v6, v7)))
-    a = gl.permute(gl.reshape(a, [KW, BN, 4, 8, 2, 2, 2]), [0, 1, 3, 6, 5, 2, 4])  # t word h j0 j1 -> word j1 j0 t h
+    if APART:  # load t word h j0 j1 -> load word j1 j0 t h
+        a = gl.permute(gl.reshape(a, [KW, BN, 2, 4, 4, 2, 2, 2]), [0, 1, 2, 4, 7, 6, 3, 5])
+    else:  # t load ...
+        a = gl.permute(gl.reshape(a, [KW, BN, 4, 2, 4, 2, 2, 2]), [0, 1, 3, 4, 7, 6, 2, 5])
     return gl.convert_layout(gl.reshape(a, [KW, BN, 256]), OPERAND, assert_trivial=True)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "stages", "row_stride", "token_stride"])
 def gemm_few(
     w_ptr, s_ptr, x_ptr, out_ptr, row_ptr, token_ptr, bias_ptr, N, M, stages, w_stride, s_stride, x_stride, row_stride,
-    token_stride, KW: gl.constexpr, NW: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
+    token_stride, KW: gl.constexpr, APART: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T for M <= 8, K in its own order; see linear.py for the arguments.
 
-    w_ptr int32 [N, K/8], s_ptr int32 [N, K/64]; stages = K / 256. A block has 16 NW features; KW of its KW * NW warps share K.
+    w_ptr int32 [N, K/8], s_ptr int32 [N, K/64]; stages = K / 256. A block has 16 features, and KW warps that share K.
+    APART: a thread's two loads of weights lie 64 bytes apart, and s_ptr is int16 [N, K/32].
     """
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     FP16: gl.constexpr = gl.float16 == DTYPE
-    BN: gl.constexpr = 16 * NW
+    BN: gl.constexpr = 16
     BM: gl.constexpr = 8
-    WORDS: gl.constexpr = _layout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 8, 0]],
-        [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]], [KW, BN, 32], NW, 16,
-    )  # fmt: skip
-    SCALES: gl.constexpr = _layout([[0, 8, 0]], [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]], [KW, BN, 4], NW, 16)
+    # Of 32 words and 256 values of x: what tells a thread's two loads apart, and what tells threads apart.
+    LOAD: gl.constexpr = 16 if APART else 4
+    T: gl.constexpr = 4 if APART else 8
+    WORDS: gl.constexpr = _layout([[0, 0, 1], [0, 0, 2], [0, 0, LOAD], [0, 8, 0]], [[0, 0, T], [0, 0, 2 * T]], [KW, BN, 32])
+    S: gl.constexpr = 8 if APART else 4
+    SCALES: gl.constexpr = _layout([[0, 0, 4], [0, 8, 0]] if APART else [[0, 8, 0]], [[0, 0, 1], [0, 0, 2]], [KW, BN, S])
     X: gl.constexpr = _layout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        [[0, 0, 64], [0, 0, 128], [0, 1, 0], [0, 2, 0], [0, 4, 0]], [KW, BM, 256], NW, 0,
-    )  # fmt: skip
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [KW, NW, 1], [1, 16, 8])
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 8 * LOAD]],
+        [[0, 0, 8 * T], [0, 0, 16 * T]],
+        [KW, BM, 256],
+    )
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [KW, 1, 1], [1, 16, 8])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     X_OPERAND: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
 
     tile = gl.program_id(0)
     k_w, n_w, column_w = _positions([KW, BN, 32], WORDS)
-    k_s, n_s, column_s = _positions([KW, BN, 4], SCALES)
+    k_s, n_s, column_s = _positions([KW, BN, S], SCALES)
     k_x, m_x, column_x = _positions([KW, BM, 256], X)
     # Rows past N read row N - 1; what comes of them is not stored.
     w_pointers = w_ptr + gl.minimum(tile * BN + n_w, N - 1).to(gl.int64) * w_stride + (k_w * 32 + column_w)
-    s_pointers = s_ptr + gl.minimum(tile * BN + n_s, N - 1).to(gl.int64) * s_stride + (k_s * 4 + column_s)
+    s_pointers = s_ptr + gl.minimum(tile * BN + n_s, N - 1).to(gl.int64) * s_stride + (k_s * S + column_s)
     x_pointers = x_ptr + m_x.to(gl.int64) * x_stride + (k_x * 256 + column_x)
     every_w = (n_w >= 0) & (column_w >= 0)
     every_s = (n_s >= 0) & (column_s >= 0)
@@ -90,20 +103,27 @@ def gemm_few(
     wait_for_previous_kernel()
     acc = gl.zeros([KW, BN, BM], gl.float32, ACC)
     # Two steps a turn: their weights alternate, so that no register moves. A step past the end has weights of zero.
-    for first in range(0, stages, 2 * KW):
+    step = 0
+    turns = gl.cdiv(stages, 2 * KW)
+    for turn in range(turns):
         for odd in gl.static_range(2):
-            step = first + odd * KW
-            w_pointers += 32 * KW
-            s_pointers += 4 * KW
-            w_next = gl.load(w_pointers, mask=every_w & (step + KW + k_w < stages), other=0)
-            s_next = gl.load(s_pointers, mask=every_s & (step + KW + k_s < stages), other=0)
-            x = gl.load(x_pointers, mask=x_valid & (step + k_x < stages), other=0.0)
-            x_pointers += 256 * KW
-            b = gl.permute(gl.reshape(x, [KW, BM, 4, 8, 2, 2, 2]), [0, 3, 5, 6, 2, 4, 1])  # m t w h j1 j0 -> w j1 j0 t h m
+            ahead = step + KW
+            end = stages
+            if odd == 1:
+                end = gl.where(turn < turns - 1, stages, 0)
+            w_next = gl.load(w_pointers + ahead * 32, mask=every_w & (ahead + k_w < end), other=0)
+            s_next = gl.load(s_pointers + ahead * S, mask=every_s & (ahead + k_s < end), other=0)
+            x = gl.load(x_pointers + step * 256, mask=x_valid & (step + k_x < stages), other=0.0)
+            step = ahead
+            if APART:  # m load t word h j1 j0 -> load word j1 j0 t h m
+                b = gl.permute(gl.reshape(x, [KW, BM, 2, 4, 4, 2, 2, 2]), [0, 2, 4, 6, 7, 3, 5, 1])
+            else:  # m t load ...
+                b = gl.permute(gl.reshape(x, [KW, BM, 4, 2, 4, 2, 2, 2]), [0, 3, 4, 6, 7, 2, 5, 1])
             b = gl.convert_layout(gl.reshape(b, [KW, 256, BM]), X_OPERAND, assert_trivial=True)
-            acc = mma_v2(_decode(w, s, KW, BN, OPERAND, FP16), b, acc)
+            acc = mma_v2(_decode(w, s, KW, BN, OPERAND, APART, FP16), b, acc)
             w = w_next
             s = s_next
+    let_next_kernel_start()
 
     TOTAL: gl.constexpr = gl.SliceLayout(0, ACC)
     n = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, TOTAL))

@@ -55,7 +55,7 @@ _COSTS = {
     ("large", 256, False): (2.72, 3.0, 3.0, 1.9),
 }
 _PARAMETERS: dict[str, set[str]] = {
-    "few": {"warps_k", "warps_n"},
+    "few": {"warps", "apart"},
     "decode": {"bm", "warps", "groups", "stages", "resident", "split"},
     "medium": {"bm", "weight_stages", "x_stages", "group", "split"},
     "large": {"bm", "weight_stages", "group", "split"},
@@ -150,10 +150,10 @@ def hopper_problem(n: int, k: int) -> str | None:
     return None
 
 
-def _rule_few(n: int, processors: int) -> Plan:
-    # Measured best with 11 warps and more on every processor.
-    warps = 4 if cdiv(n, 16) * 4 >= processors * 11 else 8
-    return Plan("few", {"warps_k": warps, "warps_n": 1}, "a few rows are bound by the weights' bytes")
+def _rule_few(m: int, n: int, processors: int) -> Plan:
+    # Measured best with 9 warps and more on every processor.
+    warps = 4 if cdiv(n, 16) * 4 >= processors * 9 else 8
+    return Plan("few", {"warps": warps, "apart": int(m > 4)}, "a few rows are bound by the weights' bytes")
 
 
 def rows_of_decode_tile(m: int) -> int:
@@ -226,7 +226,7 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
         return measured
     if m <= 4 and mode != "fp8_per_token":
-        return _rule_few(n, processors)
+        return _rule_few(m, n, processors)
     fp8 = mode == "fp8_per_token"
     if m <= 64 or (fp8 and m <= 128 and n * k <= _SMALL):
         return _rule_decode(m, n, k, fp8, processors)
@@ -245,7 +245,10 @@ def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     if arch != 90 or hopper_problem(n, k):
         return "none"
     first = _table(name).get("auto", {}).get(f"{n}x{k}")
-    return "fp8_per_token" if m >= (9 if first is None else first) else "none"
+    if first is None:
+        # A pass over x and a GEMM that shares K among blocks cost small layers more than they gain up to 8 rows.
+        first = 9 if k <= 4096 and n * k <= 8192 * 4096 else 5
+    return "fp8_per_token" if m >= first else "none"
 
 
 def describe(mode: str, device: torch.device) -> tuple[str, str]:
@@ -280,14 +283,15 @@ def _launch_few(
 
     m, k = x.shape
     n = data.shape[0]
-    warps_k, warps_n = options["warps_k"], options["warps_n"]
+    apart = options["apart"] > 0
+    scales = scales.view(torch.int16 if apart else torch.int32)
     launch(
-        gemm_few, (cdiv(n, 16 * warps_n),),
-        data.view(torch.int32), scales.view(torch.int32), x, out, row_scale, token_scale, bias,
-        n, m, k // K_STEP, k // 8, k // 64, x.stride(0),
+        gemm_few, (cdiv(n, 16),),
+        data.view(torch.int32), scales, x, out, row_scale, token_scale, bias,
+        n, m, k // K_STEP, k // 8, scales.shape[1], x.stride(0),
         gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
-        KW=warps_k, NW=warps_n, TOKEN=token_scale is not None, BIAS=bias is not None,
-        num_warps=warps_k * warps_n, launch_pdl=True,
+        KW=options["warps"], APART=apart, TOKEN=token_scale is not None, BIAS=bias is not None,
+        num_warps=options["warps"], launch_pdl=True,
     )  # fmt: skip
 
 

@@ -66,8 +66,8 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
     fp8 = mode == "fp8_per_token"
     plans = []
     if m <= 8 and not fp8:
-        for warps_k, warps_n in ((2, 1), (4, 1), (8, 1)):
-            plans.append(Plan("few", {"warps_k": warps_k, "warps_n": warps_n}))
+        for warps, apart in itertools.product((2, 4, 8), {1: (0,), 4: (0, 1)}.get(m, (1,))):
+            plans.append(Plan("few", {"warps": warps, "apart": apart}))
     if m <= (256 if fp8 else 64) and (fp8 or m >= 4):
         plans += _decode_plans(mode, m, n, k, processors)
     if m >= 128 or (m == 64 and not fp8):
