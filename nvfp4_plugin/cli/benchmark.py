@@ -251,7 +251,8 @@ def run(
     repeats: int = 30,
     host: bool = False,
 ) -> list[Measurement]:
-    """Time the cases, print them, write the plot. Progress goes to standard error. host: only the host's part of a call.
+    """Time the cases, print them, write the plot. Progress goes to standard error: a bar, or where that is a file each time as
+    soon as it is known. host: only the host's part of a call.
 
     A run that is stopped (Ctrl-C, SIGTERM) prints what it has, and exits with 130.
     """
@@ -266,6 +267,10 @@ def run(
             progress.update(task, description=f"{_label(case.point)} {case.name}")
             measurements.append(_measure(case, device, repeats, host))
             progress.advance(task)
+            if not progress.console.is_terminal:
+                timing = measurements[-1].timing
+                found = f"{timing.seconds * 1e6:.2f} us" if timing else measurements[-1].reason
+                sys.stderr.write(f"{_label(case.point)} {case.name}: {found}\n")
     document = {
         "title": f"{title}, what a call keeps the host" if host else title,
         "device": device_name(device),
