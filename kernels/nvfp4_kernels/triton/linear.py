@@ -54,6 +54,25 @@ _COSTS = {
     ("medium", 128, False): (1.67, 0.96, 4.3, 1.04),
     ("large", 256, False): (2.72, 3.0, 3.0, 1.9),
 }
+# Of gemm_decode by (tokens of a tile, e4m3), the first that serves: warps of a group, groups, stages of a ring, resident
+# blocks, and what share of these blocks has to have work. Mostly what 27 shapes were fastest with on an H100.
+_DECODE_SHAPES = {
+    (8, True): ((4, 1, 4, 4, 0.86), (4, 2, 2, 2, 0.75), (4, 1, 4, 4, 0)),
+    (8, False): ((4, 2, 2, 2, 0.75), (4, 1, 4, 4, 0)),
+    (16, True): ((4, 2, 2, 2, 0.75), (4, 1, 4, 4, 0)),
+    (16, False): ((4, 1, 3, 4, 0.86), (4, 2, 2, 2, 0.75), (4, 1, 3, 4, 0)),
+    (32, True): (
+        (4, 2, 3, 1, 0.7),
+        (4, 2, 2, 2, 0.75),
+        (4, 1, 4, 3, 0.75),
+        (4, 1, 2, 4, 0.75),
+        (4, 2, 2, 2, 0),
+        (4, 1, 4, 3, 0),
+    ),
+    (32, False): ((4, 2, 3, 1, 0.7), (4, 1, 3, 2, 0.75), (4, 1, 2, 3, 0.75), (4, 1, 3, 2, 0)),
+    (64, True): ((4, 2, 3, 1, 0.7), (4, 1, 3, 2, 0.6), (4, 1, 2, 4, 0.75), (4, 1, 3, 2, 0)),
+    (64, False): ((4, 2, 2, 1, 0.7), (4, 1, 2, 2, 0.75), (8, 1, 2, 2, 0)),
+}
 _PARAMETERS: dict[str, set[str]] = {
     "few": {"warps", "apart"},
     "decode": {"bm", "warps", "groups", "stages", "resident", "split"},
@@ -150,6 +169,11 @@ def hopper_problem(n: int, k: int) -> str | None:
     return None
 
 
+def _rows_of_few(n: int, k: int) -> int:
+    """Up to how many rows gemm_few is the fastest: the others' pass over x and shares of K cost small layers too much."""
+    return 8 if k <= 4096 and n * k <= 8192 * 4096 else 4
+
+
 def _rule_few(m: int, n: int, processors: int) -> Plan:
     # Measured best with 9 warps and more on every processor.
     warps = 4 if cdiv(n, 16) * 4 >= processors * 9 else 8
@@ -168,17 +192,17 @@ def most_shares(k: int) -> int:
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
     bm = rows_of_decode_tile(m)
-    # Warps of a group, groups, stages, resident blocks.
-    shape = {8: (4, 1, 4, 4), 16: (4, 1, 3, 4), 32: (4, 1, 3, 4 if fp8 else 2), 64: (4, 1, 3, 2) if fp8 else (8, 1, 2, 2)}[bm]
-    warps, groups, stages, resident = shape
-    tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
-    # As many shares of K as keep all blocks busy at once.
-    split = max(1, min(processors * (4 if bm <= 16 else 2) // tiles, most_shares(k)))
-    if fp8 and bm == 64:
-        # One block a processor with two groups, where that leaves few of them idle: half as many parts go through memory.
-        shares = processors // tiles
-        if shares and 10 * shares * tiles >= 7 * processors and 2 * shares <= most_shares(k):
-            groups, resident, split = 2, 1, shares
+    for shape in _DECODE_SHAPES[bm, fp8]:
+        warps, groups, stages, resident, least = shape
+        tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
+        blocks = processors * resident
+        # As many shares of K as keep all blocks busy at once.
+        split = min(blocks // tiles, most_shares(k) // groups)
+        if groups <= k // K_STEP and split * tiles >= least * blocks:
+            break
+    split = max(1, split)
+    if bm <= 16 and groups == 1 and k // K_STEP <= 8 * split:
+        stages = 2  # what a longer ring has on its way holds up x, which a short share does not get over
     return Plan(
         "decode",
         {"bm": bm, "warps": warps, "groups": groups, "stages": stages, "resident": resident, "split": split},
@@ -225,7 +249,7 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     measured = _measured(device, mode, m, n, k)
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
         return measured
-    if m <= 4 and mode != "fp8_per_token":
+    if m <= _rows_of_few(n, k) and mode != "fp8_per_token":
         return _rule_few(m, n, processors)
     fp8 = mode == "fp8_per_token"
     if m <= 64 or (fp8 and m <= 128 and n * k <= _SMALL):
@@ -245,10 +269,7 @@ def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     if arch != 90 or hopper_problem(n, k):
         return "none"
     first = _table(name).get("auto", {}).get(f"{n}x{k}")
-    if first is None:
-        # A pass over x and a GEMM that shares K among blocks cost small layers more than they gain up to 8 rows.
-        first = 9 if k <= 4096 and n * k <= 8192 * 4096 else 5
-    return "fp8_per_token" if m >= first else "none"
+    return "fp8_per_token" if m >= (_rows_of_few(n, k) + 1 if first is None else first) else "none"
 
 
 def describe(mode: str, device: torch.device) -> tuple[str, str]:
