@@ -102,7 +102,8 @@ def gemm_few(
     # The first weights are on their way while the kernel before this one, which x may come from, still runs.
     wait_for_previous_kernel()
     acc = gl.zeros([KW, BN, BM], gl.float32, ACC)
-    # Two steps a turn: their weights alternate, so that no register moves. A step past the end has weights of zero.
+    # Two steps a turn: their weights alternate, so that no register moves. A step past the end has weights of zero. `end` says
+    # no more than K does, but without it ptxas puts half of the loads at the end of a turn, just before they are used.
     step = 0
     turns = gl.cdiv(stages, 2 * KW)
     for turn in range(turns):
