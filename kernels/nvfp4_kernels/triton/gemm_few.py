@@ -1,8 +1,8 @@
 """GEMM for a few rows, Ampere's matrix instructions: nothing between the weights and the operand registers.
 
 A thread takes 64 codes of a row, two 16-byte loads of the checkpoint's own bytes, as 16 steps of its operand; x is read in
-the matching order. With up to four rows the 64 codes follow each other, so that their scales are one load. More rows of x
-cost the caches more than that: then each load's 32 codes follow those of the thread before, and x lies closer together. No
+the matching order. The 64 codes follow each other, so that their scales are one load; or, with APART, each load's 32 codes
+follow those of the thread before, so that x lies closer together, which costs the caches less from about four rows on. No
 barrier, no shuffle, no shared memory in the loop: a warp waits for memory alone, and its weights come one step ahead. The
 warps of a block share K, each a product of a batch, in turns of neighbouring pieces, and add up at the end. See hopper.py
 for the permutation of K and the decoding.
