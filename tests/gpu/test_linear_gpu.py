@@ -12,7 +12,7 @@ from nvfp4_kernels.formats import SfLayout
 from nvfp4_kernels.reference.linear import INVERSE_BASE, quantize_fp8_per_token, weight_operand
 from nvfp4_kernels.reference.quantize import dequantize, quantize
 from nvfp4_kernels.triton import linear as gpu
-from nvfp4_kernels.triton import workspace
+from nvfp4_kernels.triton import tuning, workspace
 from nvfp4_kernels.triton.activation import permute, quantize_fp8
 from nvfp4_kernels.triton.widen import widen_fp8
 from nvfp4_kernels.weight import Nvfp4Weight, fp8_fold
@@ -138,6 +138,33 @@ def test_every_hopper_gemm(mode: str, m: int, kernel: str, parameters: dict[str,
         outs.append(gpu.run(plan, x.cuda(), g.data, g.scales, g.row_scale(), out, mode, g.fp8_fold, None, bias.cuda()))
     check(outs[0], exact(x, w, mode, bias), mode, k)
     assert torch.equal(outs[0], outs[1])  # split-K adds up in a fixed order
+
+
+FULL = (33792, 1536)  # 64 features for four blocks on each of 132 processors
+
+
+def candidates() -> list[tuple[str, int, gpu.Plan]]:
+    """(mode, M, plan) of every variant that tuning tries for a layer of FULL."""
+    found: dict[tuple[object, ...], tuple[str, int, gpu.Plan]] = {}
+    for mode in ("none", "fp8_per_token"):
+        for m in (1, 4, 8, 16, 32, 64, 256, 1024):
+            for plan in tuning.candidates(mode, m, *FULL, 132):
+                found.setdefault((mode, plan.variant), (mode, m, plan))
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("mode", "m", "plan"), candidates())
+def test_full_processors(mode: str, m: int, plan: gpu.Plan) -> None:
+    """Products take longest, and warps drift furthest apart, where as many blocks as fit have work."""
+    assert arch() == 90, "these GEMMs are Hopper's"
+    n, k = FULL
+    x, w = torch.randn(m, k, device="cuda").bfloat16(), on_gpu(weight(n, k, per_row=True))
+    outs = []
+    for _ in range(10):
+        out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+        outs.append(gpu.run(plan, x, w.data, w.scales, w.row_scale(), out, mode, w.fp8_fold, None, None))
+    check(outs[0], exact(x, w, mode, None).cpu(), mode, k)
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize(

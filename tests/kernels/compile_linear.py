@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from wgmma_operands import overwritten
 
 from nvfp4_kernels.triton.activation_hopper import prepare_rows
 from nvfp4_kernels.triton.gemm_decode import gemm_decode
@@ -159,5 +160,7 @@ if __name__ == "__main__":
         found = {"name": name, "arch": arch, "ptx": one.asm["ptx"], "shared": one.metadata.shared, "log": log}
         if name.startswith("few"):
             found["code"] = machine_code(one)
+        if "wgmma" in found["ptx"]:
+            found["overwritten"] = overwritten(machine_code(one))
         compiled.append(found)
     json.dump(compiled, sys.stdout)

@@ -6,11 +6,12 @@ import json
 import sys
 from typing import Any
 
-from compile_rows import Row, compile_row, ptxas_says, resource_usage
+from compile_rows import Row, compile_row, machine_code, ptxas_says, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as triton_compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from wgmma_operands import overwritten
 
 from nvfp4_kernels.triton import moe_gemm_hopper, moe_operand_hopper
 from nvfp4_kernels.triton.hopper import burst_of
@@ -220,6 +221,7 @@ def compile_hopper(
         "shared": compiled.metadata.shared,
         "warps": warps,
         "resident": resident,
+        "overwritten": overwritten(machine_code(compiled)),
         **resource_usage(compiled),
     }
 

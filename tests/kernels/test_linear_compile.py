@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wgmma_operands import overwritten
 
 Variants = dict[tuple[str, int], dict[str, Any]]
 
@@ -78,6 +79,43 @@ def test_decode(compiled: Variants, x: str, bm: int, groups: int) -> None:
         products = [found.start() for found in re.finditer(r"wgmma\.mma_async", ptx)]
         assert not re.search(r"prmt|wgmma\.wait_group", ptx[first : products[7]])
     assert_pipelined(variant)
+
+
+def test_no_operand_is_overwritten(compiled: Variants) -> None:
+    variants = [one for one in compiled.values() if "overwritten" in one]
+    assert {one["name"].split()[0] for one in variants} >= {"large", "medium", "decode"}
+    for one in variants:
+        assert not one["overwritten"], (one["name"], one["overwritten"][:3])
+
+
+LOOP = """
+LDS.128 R84, [R2]
+{}
+WARPGROUP.DEPBAR.LE gsb0, 0x{}
+QGMMA.64x64x32.F32.E4M3.E4M3 R24, R84, gdesc[UR12], R24, gsb0
+QGMMA.64x64x32.F32.E4M3.E4M3 R24, R80, gdesc[UR12], R24, gsb0
+@P1 BRA 0x{}
+EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "pending", "start", "found"),
+    [
+        ("NOP", 1, 0, 1),  # the next operand is loaded before the wait
+        ("NOP", 1, 2, 0),
+        ("@!P2 HMUL2 R81, R8.H0_H0, 1.5, 1", 0, 1, 1),
+        ("@!P2 HMUL2 R79, R8.H0_H0, 1.5, 1", 0, 1, 0),
+        ("IMAD.WIDE R86, R8, 0x2, R10", 0, 1, 1),
+        ("IADD3 R86, P2, R8, R9, RZ", 1, 1, 1),
+        ("ISETP.NE.AND P2, PT, R84, R86, PT", 2, 1, 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1, 1, 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1, 0, 1),
+    ],
+)
+def test_an_overwritten_operand_is_found(between: str, pending: int, start: int, found: int) -> None:
+    code = list(enumerate(LOOP.format(between, pending, start).strip().splitlines()))
+    assert len(overwritten(code)) == found
 
 
 @pytest.mark.parametrize("x", ["bf16", "fp16"])

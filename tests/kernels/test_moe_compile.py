@@ -39,6 +39,11 @@ def test_no_local_memory(compiled):
         assert one["STACK"] <= most, (one["name"], one["arch"])
 
 
+def test_no_operand_is_overwritten(compiled):
+    for one in of(compiled, "hopper"):
+        assert not one["overwritten"], (one["name"], one["overwritten"][:3])
+
+
 def test_portable_gemms_run_on_tensor_cores(compiled):
     for one in of(compiled, "gemm"):
         assert "mma" in one["ptx"], (one["name"], one["arch"])

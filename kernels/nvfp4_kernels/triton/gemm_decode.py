@@ -132,7 +132,9 @@ def _group(
         for _stage in range(count):
             mbarrier.wait(w_full.index(FIRST + slot), phase)
             if SETS == 2:
-                # The products of the stage before end while this is decoded.
+                # The products of the stage before end while this is decoded; those that read the same registers have ended.
+                if EARLY == 2:
+                    token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
                 first = _operand(words, scales, FIRST + slot, fold, 0, BN, WORDS, PAIRS, OPERAND, FP8, FP16)
                 token = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[token]))
             if slot % BURST == 0:
