@@ -44,13 +44,14 @@ def ceil_to(value: int, multiple: int) -> int:
 
 
 def align_scale_rows(scales: torch.Tensor) -> torch.Tensor:
-    """Scales [E, N, K/16] of a stack such that every row begins at a multiple of 16 bytes, as bulk copies on a GPU ask for.
+    """Scales [..., N, K/16] such that every row begins at a multiple of 16 bytes, as bulk copies on a GPU ask for.
 
     The same tensor where that is so, else a view of a copy that has zeros behind each row.
     """
-    _, rows, width = scales.shape
-    expert_stride, row_stride, stride = scales.stride()
-    if stride == 1 and row_stride % 16 == 0 and expert_stride == rows * row_stride and scales.data_ptr() % 16 == 0:
+    rows, width = scales.shape[-2:]
+    *expert_stride, row_stride, stride = scales.stride()
+    even = all(apart == rows * row_stride for apart in expert_stride)
+    if stride == 1 and row_stride % 16 == 0 and even and scales.data_ptr() % 16 == 0:
         return scales
     # Copies and fills of 8-bit floats are not there on every device.
     padded = F.pad(scales.view(torch.uint8), (0, -width % 16))

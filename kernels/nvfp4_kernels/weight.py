@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import ops
+from .devices import arch_of
 from .formats import E2M1_MAX, E4M3_MAX, GROUP_SIZE, align_scale_rows, e4m3_decode
 from .reference.quantize import dequantize
 from .reference.weight import SCALE_BASE, SCALE_SEARCHES
@@ -64,9 +65,12 @@ class Nvfp4Weight:
     def prepared(self, activation: str) -> Nvfp4Weight:
         """This weight as the kernels take it under `activation`, so that no call has to make it so. Call it after a (re)load.
 
-        The same tensors, but for the fold that FP8 needs, and for the scales of a stack, see `formats.align_scale_rows`.
+        The same tensors, but for the fold that FP8 needs, and for scales that bulk copies read, see `formats.align_scale_rows`.
         """
-        scales = align_scale_rows(self.scales) if self.scales.dim() == 3 else self.scales
+        device = self.scales.device
+        # Of a dense layer Hopper's GEMMs take a K that is a multiple of 32.
+        bulk = self.scales.dim() == 3 or (device.type == "cuda" and arch_of(device) == 90 and self.scales.shape[-1] % 2 == 0)
+        scales = align_scale_rows(self.scales) if bulk else self.scales
         fold = fp8_fold(self.scales) if activation in ("fp8_per_token", "auto") else self.fp8_fold
         return replace(self, scales=scales, fp8_fold=fold)
 

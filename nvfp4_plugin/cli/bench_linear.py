@@ -191,10 +191,10 @@ def _layers(column: str, n: int, k: int, device: torch.device, backend: str) -> 
         implementation("linear", device, backend)
     except ValueError as error:
         raise Unavailable(f"{column}: {error}") from None
-    quantized = quantize_weight(weight, scale_search="absmax").prepared(column)
+    quantized = quantize_weight(weight, scale_search="absmax")
     tensors = {key: value for key, value in vars(quantized).items() if value is not None}
     copies = [
-        replace(quantized, **{key: value.clone() for key, value in tensors.items()})
+        replace(quantized, **{key: value.clone() for key, value in tensors.items()}).prepared(column)
         for _ in range(rotation(quantized.nbytes, device, limit=32))
     ]
     scale = torch.full((1,), 4 / (448 * 6), device=device)

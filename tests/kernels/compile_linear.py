@@ -54,7 +54,8 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: i
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ("K", "x_stride", "w_stride", "stride", "residual_stride", "row_words")
+        if signature[name].startswith("*")
+        or name in ("K", "out_k", "x_stride", "w_stride", "stride", "residual_stride", "row_words")
     }
     source = (GluonASTSource if gluon else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps} | ({"maxnreg": constants["REGISTERS"]} if "REGISTERS" in constants else {})

@@ -51,21 +51,39 @@ def test_quantize_fp8_bits(k: int) -> None:
     assert torch.equal(scale, want_scale)
 
 
-def test_orders() -> None:
-    x = torch.randn(3, 256, dtype=torch.float16)
-    order_16 = torch.arange(256).view(-1, 4, 4, 2, 2, 2).permute(0, 2, 4, 5, 1, 3).reshape(-1)
-    order_fp8 = torch.arange(256).view(-1, 4, 4, 2, 4).permute(0, 2, 3, 1, 4).reshape(-1)
-    assert torch.equal(activation.permute(x, "16"), x[:, order_16])
-    assert torch.equal(activation.permute(x, "fp8"), x[:, order_fp8])
+ORDERS = {
+    "16": lambda k: torch.arange(k).view(-1, 4, 4, 2, 2, 2).permute(0, 2, 4, 5, 1, 3).reshape(-1),
+    "fp8": lambda k: torch.arange(k).view(-1, 4, 4, 2, 4).permute(0, 2, 3, 1, 4).reshape(-1),
+}
 
 
+def ordered(x: torch.Tensor, order: str) -> torch.Tensor:
+    """x [M, K] with zeros up to a multiple of 256 and K in the GEMMs' order."""
+    wide = torch.nn.functional.pad(x, (0, -x.shape[1] % 256))
+    return wide[:, ORDERS[order](wide.shape[1])]
+
+
+@pytest.mark.parametrize("k", [32, 256, 608, 2880])
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_orders(order: str, k: int) -> None:
+    wide = torch.randn(3, k + 8, dtype=torch.float16)
+    x = wide[:, :k]
+    assert torch.equal(activation.permute(x, order), ordered(x, order))
+    if order == "fp8":
+        got, scale = activation.quantize_fp8(x, order)
+        want, want_scale = reference.quantize_fp8_per_token(x)
+        assert torch.equal(got.float(), ordered(want.float(), order))
+        assert torch.equal(scale, want_scale)
+
+
+@pytest.mark.parametrize("k", [32, 256, 608])
 @pytest.mark.parametrize("order", ["natural", "16"])
-def test_decode(order: str) -> None:
-    x = torch.randn(5, 256)
+def test_decode(order: str, k: int) -> None:
+    x = torch.randn(5, k)
     codes, sf, _ = quantize(x, torch.tensor([400.0]), layout=SfLayout.layout_linear)
     want = dequantize(codes, sf, torch.ones(1), layout=SfLayout.layout_linear)
     if order == "16":
-        want = want[:, torch.arange(256).view(-1, 4, 4, 2, 2, 2).permute(0, 2, 4, 5, 1, 3).reshape(-1)]
+        want = ordered(want, order)
     assert torch.equal(activation.decode(codes, sf, torch.float16, order).float(), want)
 
 
@@ -166,12 +184,13 @@ def test_every_shipped_entry_runs_somewhere() -> None:
 
 @pytest.mark.parametrize("mode", ["none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor"])
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 33, 64, 65, 129, 700, 5000])
-@pytest.mark.parametrize(("n", "k"), [(7, 256), (3000, 1280), (1024, 8192), (65536, 12288)])
+@pytest.mark.parametrize(("n", "k"), [(7, 32), (7, 256), (3000, 1280), (5120, 2880), (1024, 8192), (65536, 12288)])
 def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         plan = gpu.plan(on_device("another Hopper", 90), mode, m, n, k, dtype)
         assert plan.reason
-        assert k // 256 >= plan.parameters.get("split", 1) * plan.parameters.get("groups", 1)
+        assert gpu.stages_of(k) >= plan.parameters.get("split", 1) * plan.parameters.get("groups", 1)
+        assert plan.kernel not in ("few", "large") or k % 256 == 0
         assert plan.kernel != "few" or (m <= 8 and mode != "fp8_per_token")
         assert plan.kernel != "decode" or (m <= 128 and min(m, 64) <= plan.parameters["bm"] <= 64)
         assert plan.kernel != "widen" or (mode == "fp8_per_token" and dtype == torch.bfloat16 and n % 16 == 0)

@@ -51,19 +51,22 @@ def round_e4m3(x):
 
 
 @triton.jit
-def _quantize_fp8_kernel(x_ptr, q_ptr, scale_ptr, stride, K, ORDER: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_fp8_kernel(
+    x_ptr, q_ptr, scale_ptr, stride, K, out_k, ORDER: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < K
-    x = tl.load(x_ptr + row * stride + source_column(column, ORDER), mask=inside, other=0.0).to(tl.float32)
+    inside = column < out_k
+    source = source_column(column, ORDER)
+    x = tl.load(x_ptr + row * stride + source, mask=source < K, other=0.0).to(tl.float32)
     amax = tl.max(tl.where(x != x, float("inf"), tl.abs(x)), axis=0)
     scale = tl.div_rn(amax, 448.0)
     value = tl.where(amax > 0, tl.div_rn(x, scale), x)
     if FP8:
         value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(q_ptr + row * K + column, value.to(tl.float8e4nv), mask=inside)
+        tl.store(q_ptr + row * out_k + column, value.to(tl.float8e4nv), mask=inside)
     else:
-        tl.store(q_ptr + row * K + column, round_e4m3(value).to(q_ptr.dtype.element_ty), mask=inside)
+        tl.store(q_ptr + row * out_k + column, round_e4m3(value).to(q_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr + row, scale)
 
 
@@ -76,10 +79,11 @@ def _row_tile(m: int, k: int) -> tuple[int, int]:
 
 
 def _prepare_rows(x: torch.Tensor, source: Source, out: torch.Tensor, scale: torch.Tensor | None, order: str) -> None:
-    """Hopper's pass over a layer's input, into out [M, K]."""
+    """Hopper's pass over a layer's input [M, K], into out, which in the GEMMs' order goes up to their next step with zeros."""
     from .activation_hopper import prepare_rows
 
-    m, k = out.shape
+    m, out_k = out.shape
+    k = x.shape[1] // 2 if source.kind == "silu_and_mul" else x.shape[1]
     # Nothing asks for a sum over a row; for very many rows a program for each is 2 to 4 % faster.
     shared = scale is None and source.kind == "silu_and_mul" and m <= 1024
     block, warps = (1024, 4) if shared else _row_tile(m, k)
@@ -87,14 +91,19 @@ def _prepare_rows(x: torch.Tensor, source: Source, out: torch.Tensor, scale: tor
     launch(
         prepare_rows, (m, cdiv(k, block) if shared else 1),
         x, residual, source.norm_weight, out, scale, source.total, x.stride(0),
-        0 if residual is None else residual.stride(0), k, source.eps,
+        0 if residual is None else residual.stride(0), k, out_k, source.eps,
         SOURCE=source.kind, PERMUTE=order == "fp8", BLOCK=block, WHOLE=shared or k <= block, WARPS=warps,
         num_warps=warps, launch_pdl=True,
     )  # fmt: skip
 
 
+def _operand_k(k: int, order: str) -> int:
+    """Columns of an operand for a layer of K: the Hopper GEMMs' steps are 256 wide."""
+    return k if order == "natural" else cdiv(k, 256) * 256
+
+
 def _on_hopper(device: torch.device, k: int) -> bool:
-    return arch_of(device) == 90 and k % 256 == 0
+    return arch_of(device) == 90 and k % 32 == 0
 
 
 def sourced(x: torch.Tensor, source: Source, k: int) -> torch.Tensor:
@@ -107,72 +116,75 @@ def sourced(x: torch.Tensor, source: Source, k: int) -> torch.Tensor:
 
 
 def quantize_fp8(x: torch.Tensor, order: str, source: Source = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's input [M, K] (x itself unless `source` says otherwise) to e4m3 [M, K] in `order` and decode scales fp32
-    [M]; GPUs without fp8 get the same values in bf16."""
+    """The layer's input [M, K] (x itself unless `source` says otherwise) to e4m3 [M, K] in `order`, as `permute`, and decode
+    scales fp32 [M]; GPUs without fp8 get the same values in bf16."""
     m, k = x.shape[0], x.shape[1] // 2 if source.kind == "silu_and_mul" else x.shape[1]
     arch = arch_of(x.device)
     fp8 = arch >= 89
-    q = torch.empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=x.device)
+    q = torch.empty(m, _operand_k(k, order), dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if _on_hopper(x.device, k) and order in ("natural", "fp8"):
         _prepare_rows(x, source, q, scale, order)
         return q, scale
     x = apply(x, source)
-    block = next_power_of_2(k)
+    block = next_power_of_2(q.shape[1])
     launch(
-        _quantize_fp8_kernel, (m,), x, q, scale, x.stride(0), k, ORDER=order, FP8=fp8, BLOCK=block,
+        _quantize_fp8_kernel, (m,), x, q, scale, x.stride(0), k, q.shape[1], ORDER=order, FP8=fp8, BLOCK=block,
         num_warps=max(4, min(16, block // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return q, scale
 
 
 @triton.jit
-def _permute_kernel(x_ptr, out_ptr, stride, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * stride + source_column(column, ORDER), mask=column < K)
-    tl.store(out_ptr + row * K + column, x, mask=column < K)
-
-
-def permute(x: torch.Tensor, order: str) -> torch.Tensor:
-    """x [M, K] with K in `order`."""
-    m, k = x.shape
-    out = torch.empty(m, k, dtype=x.dtype, device=x.device)
-    block = min(1024 if m <= 64 else 4096, next_power_of_2(k))
-    pdl = arch_of(x.device) >= 90
-    launch(
-        _permute_kernel, (m, cdiv(k, block)), x, out, x.stride(0), k, ORDER=order, BLOCK=block, PDL=pdl,
-        num_warps=max(1, block // 512), launch_pdl=pdl,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _permute_kernel(x_ptr, out_ptr, stride, K, out_k, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = source_column(column, ORDER)
-    inside = column < K
+    x = tl.load(x_ptr + row * stride + source, mask=source < K, other=0.0)
+    tl.store(out_ptr + row * out_k + column, x, mask=column < out_k)
+
+
+def permute(x: torch.Tensor, order: str) -> torch.Tensor:
+    """x [M, K] with K in `order`, and zeros up to the GEMMs' next step."""
+    m, k = x.shape
+    out_k = _operand_k(k, order)
+    out = torch.empty(m, out_k, dtype=x.dtype, device=x.device)
+    block = min(1024 if m <= 64 else 4096, next_power_of_2(out_k))
+    pdl = arch_of(x.device) >= 90
+    launch(
+        _permute_kernel, (m, cdiv(out_k, block)), x, out, x.stride(0), k, out_k, ORDER=order, BLOCK=block, PDL=pdl,
+        num_warps=max(1, block // 512), launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _decode_kernel(q_ptr, sf_ptr, out_ptr, K, out_k, ORDER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = source_column(column, ORDER)
+    inside = source < K
     byte = tl.load(q_ptr + row * (K // 2) + source // 2, mask=inside, other=0).to(tl.int32)
     sf = tl.load(sf_ptr + row * (K // 16) + source // 16, mask=inside, other=0).to(tl.int32)
     value = e2m1_decode(byte >> (source % 2 * 4)) * e4m3_decode(sf)
-    tl.store(out_ptr + row * K + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * out_k + column, value.to(out_ptr.dtype.element_ty), mask=column < out_k)
 
 
 def decode(q: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype, order: str) -> torch.Tensor:
-    """Codes uint8 [M, K/2] and linear scale bytes [M, K/16] to e2m1 * SF [M, K] in a 16-bit dtype, exactly, K in `order`."""
+    """Codes uint8 [M, K/2] and linear scale bytes [M, K/16] to e2m1 * SF [M, K] in a 16-bit dtype, exactly, K as `permute`."""
     m, k = q.shape[0], q.shape[1] * 2
-    out = torch.empty(m, k, dtype=dtype, device=q.device)
-    block = min(4096, next_power_of_2(k))
+    out_k = _operand_k(k, order)
+    out = torch.empty(m, out_k, dtype=dtype, device=q.device)
+    block = min(4096, next_power_of_2(out_k))
     pdl = arch_of(q.device) >= 90
     launch(
-        _decode_kernel, (m, cdiv(k, block)), q, sf.view(torch.uint8), out, k, ORDER=order, BLOCK=block, PDL=pdl,
+        _decode_kernel, (m, cdiv(out_k, block)), q, sf.view(torch.uint8), out, k, out_k, ORDER=order, BLOCK=block, PDL=pdl,
         num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     return out

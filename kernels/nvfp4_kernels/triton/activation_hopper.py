@@ -105,14 +105,15 @@ def _piece(x_row, residual_row, weight_ptr, at, K, rsqrt, SOURCE: gl.constexpr):
 
 @gluon.jit
 def prepare_rows(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, total_ptr, stride, residual_stride, K, eps,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, total_ptr, stride, residual_stride, K, out_k, eps,
     SOURCE: gl.constexpr, PERMUTE: gl.constexpr, BLOCK: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Row program_id(0) of a layer's input (reference/source.py) to out [M, K], BLOCK values at a time; WHOLE: BLOCK >= K.
+    """Row program_id(0) of a layer's input (reference/source.py) to out, BLOCK values at a time; WHOLE: BLOCK >= K.
 
     Where no sum over a row is asked for, several programs may share it: program_id(1) is a block then, and WHOLE.
-    out is e4m3, with a decode scale for each row, or of x's type. K is a multiple of 128; PERMUTE puts e4m3 into the order
-    of the Hopper GEMMs' operands. Longer rows are read again for each sum over them, from the caches.
+    out [M, out_k] is e4m3, with a decode scale for each row, or of x's type. K is a multiple of 32; PERMUTE puts e4m3 into the
+    order of the Hopper GEMMs' operands, with zeros behind K. Longer rows are read again for each sum over them, from the
+    caches.
     """
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     QUANTIZE: gl.constexpr = out_ptr.dtype.element_ty == gl.float8e4nv
@@ -163,14 +164,14 @@ def prepare_rows(
         reciprocal = gl.where(amax > 0, gl.div_rn(1.0, scale), 0.0)
     if WHOLE:
         if QUANTIZE:
-            gl.store(out_ptr + row * K + to, _quantize(x, factor, scale, reciprocal, PERMUTE, OUT), mask=to < K)
+            gl.store(out_ptr + row * out_k + to, _quantize(x, factor, scale, reciprocal, PERMUTE, OUT), mask=to < out_k)
         else:
-            gl.store(out_ptr + row * K + to, x, mask=to < K)
+            gl.store(out_ptr + row * out_k + to, x, mask=to < out_k)
     else:
         for start in range(0, K, BLOCK):
             more = _piece(x_row, residual_row, weight_ptr, start + k, K, rsqrt, SOURCE)
             if QUANTIZE:
                 q = _quantize(more, factor, scale, reciprocal, PERMUTE, OUT)
-                gl.store(out_ptr + row * K + start + to, q, mask=start + to < K)
+                gl.store(out_ptr + row * out_k + start + to, q, mask=start + to < out_k)
             else:
-                gl.store(out_ptr + row * K + start + to, more, mask=start + to < K)
+                gl.store(out_ptr + row * out_k + start + to, more, mask=start + to < out_k)

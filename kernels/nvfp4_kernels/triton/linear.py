@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ..devices import cuda_device
-from ..formats import SfLayout
+from ..formats import SfLayout, align_scale_rows
 from ..reference.linear import INVERSE_BASE
 from ..reference.source import PLAIN, Source
 from ..replay import asked
@@ -43,6 +43,7 @@ _FALLBACK = "NVIDIA H100 80GB HBM3"
 _LOG = logging.getLogger(__name__)
 _TILE_N = 128
 K_STEP = 256
+_ROW_BYTES = 16  # where a row of codes may begin for bulk copies
 _SMALL = 6144 * 4096  # weights of a layer whose tiles of 128 tokens are too few for the processors
 
 # Microseconds on an H100, by the GEMM, the tokens of its tile and whether it multiplies e4m3: a step of 256 values of K, a unit
@@ -164,9 +165,14 @@ def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan |
 
 def hopper_problem(n: int, k: int) -> str | None:
     """What keeps a shape from the Hopper GEMMs; None if nothing does."""
-    if k % K_STEP:
-        return f"K = {k} is no multiple of {K_STEP}, the step of the Hopper GEMMs"
+    if k // 2 % _ROW_BYTES:
+        return f"K = {k} is no multiple of {2 * _ROW_BYTES}: the rows of the weight are not 16-byte aligned, as bulk copies are"
     return None
+
+
+def stages_of(k: int) -> int:
+    """Steps of the Hopper GEMMs over K; the last may go past its end, where bulk copies bring zeros."""
+    return cdiv(k, K_STEP)
 
 
 def _rows_of_few(n: int, k: int) -> int:
@@ -187,7 +193,7 @@ def rows_of_decode_tile(m: int) -> int:
 
 def most_shares(k: int) -> int:
     """Among how many blocks K may be shared: parts of less than two stages cost more to add up than they gain."""
-    return max(1, min(k // K_STEP // 2, 16))
+    return max(1, min(stages_of(k) // 2, 16))
 
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
@@ -198,10 +204,10 @@ def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
         blocks = processors * resident
         # As many shares of K as keep all blocks busy at once.
         split = min(blocks // tiles, most_shares(k) // groups)
-        if groups <= k // K_STEP and split * tiles >= least * blocks:
+        if groups <= stages_of(k) and split * tiles >= least * blocks:
             break
     split = max(1, split)
-    if bm <= 16 and groups == 1 and k // K_STEP <= 8 * split:
+    if bm <= 16 and groups == 1 and stages_of(k) <= 8 * split:
         stages = 2  # what a longer ring has on its way holds up x, which a short share does not get over
     return Plan(
         "decode",
@@ -212,10 +218,10 @@ def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
 
 def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan]:
     """What "medium" and "large" can do about x [m, k] and a weight [n, k], the fastest first by a fit to measurements."""
-    stages = k // K_STEP
+    stages = stages_of(k)
     found = []
     for (kernel, bm, e4m3), (step, unit, add, part) in _COSTS.items():
-        if e4m3 != fp8:
+        if e4m3 != fp8 or (kernel == "large" and k % K_STEP):  # it copies whole pairs of chunks of 128
             continue
         waves, rest = divmod(cdiv(n, _TILE_N) * cdiv(m, bm), processors)
         us = waves * (stages * step + unit)
@@ -249,7 +255,7 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     measured = _measured(device, mode, m, n, k)
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
         return measured
-    if m <= _rows_of_few(n, k) and mode != "fp8_per_token":
+    if m <= _rows_of_few(n, k) and mode != "fp8_per_token" and k % K_STEP == 0:
         return _rule_few(m, n, processors)
     fp8 = mode == "fp8_per_token"
     if m <= 64 or (fp8 and m <= 128 and n * k <= _SMALL):
@@ -414,7 +420,7 @@ def linear(
     x = _aligned(x)
     if source.residual is not None:
         source = replace(source, residual=_aligned(source.residual))
-    data, scales = data.contiguous(), scales.contiguous()
+    data = data.contiguous()
     chosen = plan(x.device, activation, m, n, k, x.dtype)
     if chosen.kernel == "widen" and bias is not None and bias.dtype != x.dtype:
         # cuBLAS adds a bias of the output's dtype alone.
@@ -450,6 +456,7 @@ def run(
 ) -> torch.Tensor:
     """`linear` by a given plan, into out."""
     wgmma = chosen.kernel in ("decode", "medium", "large")
+    scales = align_scale_rows(scales) if wgmma or chosen.kernel == "widen" else scales.contiguous()
     token_scale: torch.Tensor | None = None
     fold: torch.Tensor | None = None
     if activation != "fp8_per_token":

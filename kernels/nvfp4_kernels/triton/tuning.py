@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..formats import align_scale_rows
 from . import linear
 from .launch import cdiv
 from .linear import Plan
@@ -52,7 +53,7 @@ def _decode_plans(mode: str, m: int, n: int, k: int, processors: int) -> list[Pl
     plans = []
     bm = linear.rows_of_decode_tile(m)
     for rows, warps, groups, stages, resident in _DECODE_TILES[mode]:
-        if rows != bm or groups > k // linear.K_STEP:
+        if rows != bm or groups > linear.stages_of(k):
             continue
         tile = {"bm": bm, "warps": warps, "groups": groups, "stages": stages, "resident": resident}
         tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
@@ -65,7 +66,7 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
     """The plans to measure for x [m, k] under "none" or "fp8_per_token" and a weight [n, k] on Hopper."""
     fp8 = mode == "fp8_per_token"
     plans = []
-    if m <= 8 and not fp8:
+    if m <= 8 and not fp8 and k % linear.K_STEP == 0:
         for warps, apart in itertools.product((2, 4, 8), {1: (0,), 4: (0, 1)}.get(m, (1,))):
             plans.append(Plan("few", {"warps": warps, "apart": apart}))
     if m <= (256 if fp8 else 64) and (fp8 or m >= 4):
@@ -78,12 +79,12 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
 
 
 def operands(n: int, k: int, device: torch.device) -> Weight:
-    """A random weight [n, k]: codes, scales, FP8 fold."""
+    """A random weight [n, k] as `Nvfp4Weight.prepared` lays it out: codes, scales, FP8 fold."""
     from ..weight import fp8_fold
 
     data = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
     scales = (torch.rand(n, k // 16, device=device) * 200 + 1).to(torch.float8_e4m3fn)
-    return data, scales, fp8_fold(scales)
+    return data, align_scale_rows(scales), fp8_fold(scales)
 
 
 def calls(plan: Plan, mode: str, m: int, weights: Sequence[Weight]) -> list[Call]:

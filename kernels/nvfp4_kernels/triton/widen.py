@@ -31,7 +31,7 @@ _WIDEN = tl.constexpr("""
 
 @triton.jit
 def _widen_kernel(
-    words_ptr, scales_ptr, fold_ptr, row_ptr, out_ptr, column_ptr, N, row_words, row_stride,
+    words_ptr, scales_ptr, fold_ptr, row_ptr, out_ptr, column_ptr, N, row_words, scale_stride, row_stride,
     ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -44,7 +44,7 @@ def _widen_kernel(
         tl.store(column_ptr + n, fold * row_scale, mask=n < N)
     inverse = (1.0 / fold).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     words = tl.load(words_ptr + rows * row_words + word[None, :], mask=inside, other=0)
-    scales = tl.load(scales_ptr + rows * (row_words // 2) + word[None, :] // 2, mask=inside, other=0).to(tl.int32)
+    scales = tl.load(scales_ptr + rows * scale_stride + word[None, :] // 2, mask=inside, other=0).to(tl.int32)
     low, high = tl.inline_asm_elementwise(
         _WIDEN,
         "=r,=r,r,r,r",
@@ -62,7 +62,10 @@ def _widen_kernel(
 def widen_fp8(
     data: torch.Tensor, scales: torch.Tensor, fp8_fold: torch.Tensor, row_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [N, K/2] to e4m3(e2m1 * SF / fold) [N, K], and fold * row_scale as fp32 [1, N]."""
+    """Codes uint8 [N, K/2] to e4m3(e2m1 * SF / fold) [N, K], and fold * row_scale as fp32 [1, N].
+
+    Rows of scales may lie apart.
+    """
     n, k = data.shape[0], data.shape[1] * 2
     out = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=data.device)
     column = torch.empty(1, n, dtype=torch.float32, device=data.device)
@@ -70,6 +73,6 @@ def widen_fp8(
     launch(
         _widen_kernel, (cdiv(n, rows), cdiv(k // 8, words)),
         data.view(torch.int32), scales.view(torch.uint8), fp8_fold, row_scale, out.view(torch.int32), column,
-        n, k // 8, 1 if row_scale.numel() > 1 else 0, ROWS=rows, WORDS=words, num_warps=4,
+        n, k // 8, scales.stride(0), 1 if row_scale.numel() > 1 else 0, ROWS=rows, WORDS=words, num_warps=4,
     )  # fmt: skip
     return out, column
