@@ -12,9 +12,9 @@ import torch
 
 logger = logging.getLogger("nvfp4_plugin")
 
-# What runs with more rows, runs with these. Between them, kernels differ with the tiles, of 128 rows and more.
+# What runs with more rows, runs with these. Between them, kernels differ with the tiles, of 64 rows and more.
 _LINEAR_ROWS = [1 << i for i in range(13)]
-_TILED_ROWS = range(128, _LINEAR_ROWS[-1], 128)
+_TILED_ROWS = range(64, _LINEAR_ROWS[-1], 64)
 _MOE_ROWS = [1 << i for i in range(15)]
 _done: set[tuple[Hashable, ...]] = set()
 

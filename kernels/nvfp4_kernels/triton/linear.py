@@ -22,7 +22,7 @@ import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ from ..reference.linear import INVERSE_BASE
 from ..reference.source import PLAIN, Source
 from ..replay import asked
 from . import gemm_portable
-from .activation import decode, permute, quantize_fp8, sourced
+from .activation import decode, operand_rows, permute, quantize_fp8, sourced
 from .launch import cdiv, launch, next_power_of_2
 from .quantize import quantize
 from .widen import widen_fp8
@@ -44,7 +44,6 @@ _LOG = logging.getLogger(__name__)
 _TILE_N = 128
 K_STEP = 256
 _ROW_BYTES = 16  # where a row of codes may begin for bulk copies
-_SMALL = 6144 * 4096  # weights of a layer whose tiles of 128 tokens are too few for the processors
 
 # Microseconds on an H100, by the GEMM, the tokens of its tile and whether it multiplies e4m3: a step of 256 values of K, a unit
 # of work beside its steps, adding up the parts of a tile, and each part. A fit to 356 times of seven layers, M from 128 to
@@ -55,24 +54,68 @@ _COSTS = {
     ("medium", 128, False): (1.67, 0.96, 4.3, 1.04),
     ("large", 256, False): (2.72, 3.0, 3.0, 1.9),
 }
-# Of gemm_decode by (tokens of a tile, e4m3), the first that serves: warps of a group, groups, stages of a ring, resident
-# blocks, and what share of these blocks has to have work. Mostly what 27 shapes were fastest with on an H100.
-_DECODE_SHAPES = {
-    (8, True): ((4, 1, 4, 4, 0.86), (4, 2, 2, 2, 0.75), (4, 1, 4, 4, 0)),
-    (8, False): ((4, 2, 2, 2, 0.75), (4, 1, 4, 4, 0)),
-    (16, True): ((4, 2, 2, 2, 0.75), (4, 1, 4, 4, 0)),
-    (16, False): ((4, 1, 3, 4, 0.86), (4, 2, 2, 2, 0.75), (4, 1, 3, 4, 0)),
+# The same of gemm_decode with tiles of 64 tokens, by whether it multiplies e4m3; blocks beside each other on a processor take
+# as long as one by one. A fit to 46 shapes.
+_DECODE_COSTS = {True: (0.4, 2.0, 1.2, 0.3), False: (0.65, 1.9, 0.9, 0.48)}
+# By whether it multiplies e4m3 and how many blocks lie beside each other: groups, stages, resident.
+_DECODE_BESIDE = {
+    (True, 1): (2, 3, 1),
+    (True, 2): (1, 3, 2),
+    (True, 3): (1, 2, 3),
+    (False, 1): (2, 2, 1),
+    (False, 2): (1, 2, 2),
+}
+
+
+class _DecodeTile(NamedTuple):
+    """Of gemm_decode: warps of a group, groups, stages of a ring, resident blocks; and when it serves."""
+
+    warps: int
+    groups: int
+    stages: int
+    resident: int
+    least: float  # share of these blocks that has to have work
+    steps: int = 1 << 30  # over K, at the most
+
+
+# By (tokens of a tile, e4m3), the first that serves: what 46 shapes were fastest with, or nearly so, on an H100.
+_DECODE_TILES = {
+    (8, True): (_DecodeTile(4, 1, 4, 4, 0.86), _DecodeTile(4, 2, 2, 2, 0.75), _DecodeTile(4, 1, 4, 4, 0)),
+    (8, False): (_DecodeTile(4, 2, 2, 2, 0.75), _DecodeTile(4, 1, 4, 4, 0)),
+    (16, True): (_DecodeTile(4, 2, 2, 2, 0.75), _DecodeTile(4, 1, 4, 4, 0)),
+    (16, False): (_DecodeTile(4, 1, 3, 4, 0.86), _DecodeTile(4, 2, 2, 2, 0.75), _DecodeTile(4, 1, 3, 4, 0)),
     (32, True): (
-        (4, 2, 3, 1, 0.7),
-        (4, 2, 2, 2, 0.75),
-        (4, 1, 4, 3, 0.75),
-        (4, 1, 2, 4, 0.75),
-        (4, 2, 2, 2, 0),
-        (4, 1, 4, 3, 0),
+        _DecodeTile(4, 2, 3, 1, 0.6, steps=20),
+        _DecodeTile(4, 2, 3, 1, 0.7),
+        _DecodeTile(4, 2, 2, 2, 0.75),
+        _DecodeTile(4, 1, 4, 3, 0.7),
+        _DecodeTile(4, 1, 2, 4, 0.75),
+        _DecodeTile(4, 2, 2, 2, 0),
+        _DecodeTile(4, 1, 4, 3, 0),
     ),
-    (32, False): ((4, 2, 3, 1, 0.7), (4, 1, 3, 2, 0.75), (4, 1, 2, 3, 0.75), (4, 1, 3, 2, 0)),
-    (64, True): ((4, 2, 3, 1, 0.7), (4, 1, 3, 2, 0.6), (4, 1, 2, 4, 0.75), (4, 1, 3, 2, 0)),
-    (64, False): ((4, 2, 2, 1, 0.7), (4, 1, 2, 2, 0.75), (8, 1, 2, 2, 0)),
+    (32, False): (
+        _DecodeTile(4, 2, 3, 1, 0.7),
+        _DecodeTile(4, 1, 3, 2, 0.75),
+        _DecodeTile(4, 1, 2, 3, 0.7),
+        _DecodeTile(4, 1, 3, 2, 0),
+    ),
+    (64, True): (
+        _DecodeTile(4, 2, 2, 1, 0.3, steps=12),
+        _DecodeTile(4, 2, 3, 1, 0.45, steps=20),
+        _DecodeTile(4, 2, 3, 1, 0.7),
+        _DecodeTile(4, 1, 3, 2, 0.5),
+        _DecodeTile(4, 1, 2, 3, 0.7),
+        _DecodeTile(4, 1, 2, 4, 0.75),
+        _DecodeTile(4, 2, 3, 1, 0),
+        _DecodeTile(4, 1, 3, 2, 0),
+    ),
+    (64, False): (
+        _DecodeTile(4, 2, 2, 1, 0.45, steps=12),
+        _DecodeTile(4, 2, 2, 1, 0.7),
+        _DecodeTile(4, 1, 2, 2, 0.75),
+        _DecodeTile(4, 2, 2, 1, 0.45),
+        _DecodeTile(8, 1, 2, 2, 0),
+    ),
 }
 _PARAMETERS: dict[str, set[str]] = {
     "few": {"warps", "apart"},
@@ -150,13 +193,16 @@ def _current(shapes: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan | None:
-    """What a table says: the entry of the first M there that is no smaller than m, if less than twice as large, or the last."""
+    """What a table says: the entry of the first M there that is no smaller than m, or the last.
+
+    Up to 128 rows it serves more than half of its own, from there on those that fill as many tiles.
+    """
     entries = _table(cuda_device(device.index or 0)[0]).get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
     if not entries:
         return None
     rows = sorted(map(int, entries))
     at = next((row for row in rows if row >= m), rows[-1])
-    if at >= 2 * m:
+    if at >= 2 * m or (at > max(m, 128) and cdiv(at, 64) > cdiv(m, 64)):
         return None
     entry, origin = entries[str(at)]
     parameters = dict(entry)
@@ -180,10 +226,14 @@ def _rows_of_few(n: int, k: int) -> int:
     return 8 if k <= 4096 and n * k <= 8192 * 4096 else 4
 
 
-def _rule_few(m: int, n: int, processors: int) -> Plan:
-    # Measured best with 9 warps and more on every processor.
-    warps = 4 if cdiv(n, 16) * 4 >= processors * 9 else 8
-    return Plan("few", {"warps": warps, "apart": int(m > 4)}, "a few rows are bound by the weights' bytes")
+def _rule_few(m: int, n: int, k: int, processors: int) -> Plan:
+    blocks = cdiv(n, 16)
+    if blocks * 2 >= processors * 8 and 1 <= stages_of(k) % 8 <= 4:
+        warps = 2  # four would leave half of their last turn over K empty
+    else:
+        warps = 4 if blocks * 4 >= processors * 9 or k <= 5120 else 8
+    apart = m > (4 if warps == 2 else 2)
+    return Plan("few", {"warps": warps, "apart": int(apart)}, "a few rows are bound by the weights' bytes")
 
 
 def rows_of_decode_tile(m: int) -> int:
@@ -198,28 +248,28 @@ def most_shares(k: int) -> int:
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
     bm = rows_of_decode_tile(m)
-    for shape in _DECODE_SHAPES[bm, fp8]:
-        warps, groups, stages, resident, least = shape
-        tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
-        blocks = processors * resident
+    for tile in _DECODE_TILES[bm, fp8]:
+        tiles = cdiv(n, 16 * tile.warps) * cdiv(m, bm)
+        blocks = processors * tile.resident
         # As many shares of K as keep all blocks busy at once.
-        split = min(blocks // tiles, most_shares(k) // groups)
-        if groups <= stages_of(k) and split * tiles >= least * blocks:
+        split = min(blocks // tiles, most_shares(k) // tile.groups)
+        if tile.groups <= stages_of(k) <= tile.steps and split * tiles >= tile.least * blocks:
             break
     split = max(1, split)
-    if bm <= 16 and groups == 1 and stages_of(k) <= 8 * split:
-        stages = 2  # what a longer ring has on its way holds up x, which a short share does not get over
+    ring = tile.stages
+    if bm <= 16 and tile.groups == 1 and stages_of(k) <= 8 * split:
+        ring = 2  # what a longer one has on its way holds up x, which a short share does not get over
     return Plan(
         "decode",
-        {"bm": bm, "warps": warps, "groups": groups, "stages": stages, "resident": resident, "split": split},
+        {"bm": bm, "warps": tile.warps, "groups": tile.groups, "stages": ring, "resident": tile.resident, "split": split},
         "tens of rows are bound by the weights' bytes",
     )
 
 
 def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan]:
-    """What "medium" and "large" can do about x [m, k] and a weight [n, k], the fastest first by a fit to measurements."""
+    """What serves x [m, k] and a weight [n, k] in several tiles of tokens, the fastest first by a fit to measurements."""
     stages = stages_of(k)
-    found = []
+    found = _tiles_of_decode(m, n, k, fp8, processors)
     for (kernel, bm, e4m3), (step, unit, add, part) in _COSTS.items():
         if e4m3 != fp8 or (kernel == "large" and k % K_STEP):  # it copies whole pairs of chunks of 128
             continue
@@ -236,6 +286,24 @@ def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan
             found.append((us + tail + sums, kernel, tile))
     found.sort(key=lambda one: one[0])
     return [Plan(kernel, tile, "weights decoded in registers beside the products") for _, kernel, tile in found]
+
+
+def _tiles_of_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> list[tuple[float, str, dict[str, int]]]:
+    """(microseconds, "decode", tile) where the tiles are so few that all their blocks run at once, else nothing."""
+    stages = stages_of(k)
+    tiles = cdiv(n, 64) * cdiv(m, 64)
+    beside = cdiv(tiles, processors)
+    if (fp8, beside) not in _DECODE_BESIDE or stages == 1:
+        return []
+    groups, ring, resident = _DECODE_BESIDE[fp8, beside]
+    step, unit, add, part = _DECODE_COSTS[fp8]
+    split = max(1, min(processors // tiles, most_shares(k) // groups, 4))
+    share = cdiv(stages, split)
+    if groups == 2 and share <= 12:
+        ring = 2
+    us = beside * share * step + unit + (add + split * part if split > 1 else 0.0)
+    tile = {"bm": 64, "warps": 4, "groups": groups, "stages": ring, "resident": resident, "split": split}
+    return [(us, "decode", tile)]
 
 
 @functools.lru_cache(4096)
@@ -256,11 +324,11 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
         return measured
     if m <= _rows_of_few(n, k) and mode != "fp8_per_token" and k % K_STEP == 0:
-        return _rule_few(m, n, processors)
+        return _rule_few(m, n, k, processors)
     fp8 = mode == "fp8_per_token"
-    if m <= 64 or (fp8 and m <= 128 and n * k <= _SMALL):
+    if m <= 64:
         return _rule_decode(m, n, k, fp8, processors)
-    if fp8 and m > 2048 and _widen_serves(n, dtype):
+    if fp8 and m > (3072 if k % K_STEP == 0 else 1536) and _widen_serves(n, dtype):
         return Plan("widen", {}, "so many rows pay for a pass over the weights")
     return tiled_plans(m, n, k, fp8, processors)[0]
 
@@ -333,11 +401,12 @@ def _launch_wgmma(
     token_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> None:
-    """Launch "decode", "medium" or "large" on the operand x, K in the permuted order."""
+    """Launch "decode", "medium" or "large" on the operand x, K in the permuted order, rows as `operand_rows` says."""
     from .descriptors import chunked, descriptor
 
     m, k = x.shape
     n = data.shape[0]
+    rows = (operand_rows(m), k)
     _, _, processors = cuda_device(x.device.index or 0)
     options = chosen.parameters
     bm = options["bm"]
@@ -363,7 +432,8 @@ def _launch_wgmma(
         registers = min(255, 65536 // (32 * options["warps"] * groups * options["resident"]) // 8 * 8)
         launch(
             gemm_decode, (min(tiles * split, processors * options["resident"]),),
-            descriptor(data, (bn, 32), torch.int32), descriptor(scales, (bn, 8), torch.int16), descriptor(x, (bm, K_STEP)),
+            descriptor(data, (bn, 32), torch.int32), descriptor(scales, (bn, 8), torch.int16),
+            descriptor(x, (bm, K_STEP), shape=rows),
             out, fold, row_scale, token_scale, bias, partial, counters, n, m, stages, split,
             gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
             BM=bm, WARPS=options["warps"], GROUPS=groups, REGISTERS=registers,
@@ -377,7 +447,7 @@ def _launch_wgmma(
 
     bulk = n % 8 == 0
     common = (
-        descriptor(x, (bm, 128 // x.element_size())), descriptor(out, (bm // 8, 64)) if bulk else None, out,
+        descriptor(x, (bm, 128 // x.element_size()), shape=rows), descriptor(out, (bm // 8, 64)) if bulk else None, out,
         fold, row_scale, token_scale, bias, partial, counters, n, m, stages, whole, split,
         gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
     )  # fmt: skip

@@ -69,7 +69,7 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
     if m <= 8 and not fp8 and k % linear.K_STEP == 0:
         for warps, apart in itertools.product((2, 4, 8), {1: (0,), 4: (0, 1)}.get(m, (1,))):
             plans.append(Plan("few", {"warps": warps, "apart": apart}))
-    if m <= (256 if fp8 else 64) and (fp8 or m >= 4):
+    if m <= 256 and (fp8 or m >= 4):
         plans += _decode_plans(mode, m, n, k, processors)
     if m >= 128 or (m == 64 and not fp8):
         plans += linear.tiled_plans(m, n, k, fp8, processors)[:6]
