@@ -43,6 +43,7 @@ _FALLBACK = "NVIDIA H100 80GB HBM3"
 _LOG = logging.getLogger(__name__)
 _TILE_N = 128
 K_STEP = 256
+_CHUNK = 128  # values of K that gemm_large's copies are made of
 _ROW_BYTES = 16  # where a row of codes may begin for bulk copies
 
 # Microseconds on an H100, by the GEMM, the tokens of its tile and whether it multiplies e4m3: a step of 256 values of K, a unit
@@ -271,7 +272,7 @@ def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan
     stages = stages_of(k)
     found = _tiles_of_decode(m, n, k, fp8, processors)
     for (kernel, bm, e4m3), (step, unit, add, part) in _COSTS.items():
-        if e4m3 != fp8 or (kernel == "large" and k % K_STEP):  # it copies whole pairs of chunks of 128
+        if e4m3 != fp8 or (kernel == "large" and k % _CHUNK):
             continue
         waves, rest = divmod(cdiv(n, _TILE_N) * cdiv(m, bm), processors)
         us = waves * (stages * step + unit)
@@ -328,7 +329,7 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     fp8 = mode == "fp8_per_token"
     if m <= 64:
         return _rule_decode(m, n, k, fp8, processors)
-    if fp8 and m > (3072 if k % K_STEP == 0 else 1536) and _widen_serves(n, dtype):
+    if fp8 and m > (1536 if k % _CHUNK else 3072) and _widen_serves(n, dtype):
         return Plan("widen", {}, "so many rows pay for a pass over the weights")
     return tiled_plans(m, n, k, fp8, processors)[0]
 
