@@ -108,6 +108,7 @@ EXIT
         ("@!P2 HMUL2 R79, R8.H0_H0, 1.5, 1", 0, 1, 0),
         ("IMAD.WIDE R86, R8, 0x2, R10", 0, 1, 1),
         ("IADD3 R86, P2, R8, R9, RZ", 1, 1, 1),
+        ("CS2R R82, SRZ", 0, 1, 1),
         ("ISETP.NE.AND P2, PT, R84, R86, PT", 2, 1, 0),
         ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1, 1, 0),
         ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1, 0, 1),

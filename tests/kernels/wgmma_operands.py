@@ -37,7 +37,7 @@ def _width(operation: str) -> int:
     """Registers that an operation writes."""
     if ".128" in operation or operation.endswith(".4"):
         return 4
-    return 2 if ".64" in operation or ".WIDE" in operation or operation.endswith(".2") else 1
+    return 2 if ".64" in operation or ".WIDE" in operation or operation.endswith(".2") or operation == "CS2R" else 1
 
 
 def _parsed(code: Sequence[tuple[int, str]]) -> list[_Instruction]:
