@@ -12,9 +12,10 @@ import torch
 
 logger = logging.getLogger("nvfp4_plugin")
 
-# What runs with more rows, runs with these. Between them, kernels differ with the tiles, of 64 rows and more.
+# Where kernels of up to 64 rows differ, and what the log names.
 _LINEAR_ROWS = [1 << i for i in range(13)]
-_TILED_ROWS = range(64, _LINEAR_ROWS[-1], 64)
+# From there on they differ with the number of tiles, of 64 rows and more; so many rows are in a step at the most, as a rule.
+_TILED_ROWS = range(64, (1 << 14) + 1, 64)
 _MOE_ROWS = [1 << i for i in range(15)]
 _done: set[tuple[Hashable, ...]] = set()
 

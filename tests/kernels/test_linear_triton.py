@@ -159,10 +159,14 @@ def test_rows_that_the_user_measured_go_before_shipped_ones(on_device) -> None:
     mine = {"kernel": "decode", "bm": 64, "warps": 4, "groups": 1, "stages": 5, "resident": 1, "split": 1}
     path = gpu.user_table_path("NVIDIA H200")
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"linear": {"fp8_per_token": {"6144x4096": {"64": mine}}}}))
+    few = {"kernel": "few", "warps": 4, "apart": 1}
+    path.write_text(json.dumps({"linear": {"fp8_per_token": {"6144x4096": {"64": mine}}, "none": {"4096x512": {"8": few}}}}))
     device = on_device("NVIDIA H200", 90)
     plan = gpu.plan(device, "fp8_per_token", 50, 6144, 4096)
     assert {"kernel": plan.kernel, **plan.parameters} == mine
+    # gemm_few has eight rows, whatever is the last that a table holds.
+    assert gpu.plan(device, "none", 8, 4096, 512).kernel == "few"
+    assert gpu.plan(device, "none", 5000, 4096, 512).kernel != "few"
     for name, m in (("NVIDIA H200", 16), (H100, 32)):  # the others as they were
         shipped = json.loads(gpu.shipped_table_path(name).read_text())["linear"]["fp8_per_token"]["6144x4096"][str(m)]
         plan = gpu.plan(device, "fp8_per_token", m, 6144, 4096)
@@ -210,10 +214,10 @@ def test_every_kernel_is_compiled_ahead(on_device, monkeypatch: pytest.MonkeyPat
         resolved = dispatch.resolve_activation(mode, device, m, n, k)
         return resolved, gpu.plan(device, resolved, m, n, k).variant
 
-    rows = [*(1 << i for i in range(13)), *range(64, 4096, 64)]
+    rows = [*(1 << i for i in range(13)), *range(64, 16385, 64)]
     chosen = dispatch.rows_to_compile(device, mode, n, k, torch.bfloat16, rows)
     assert len({variant(m) for m in chosen}) == len(chosen)
-    assert {variant(m) for m in range(1, 4097)} == {variant(m) for m in chosen}
+    assert {variant(m) for m in (*range(1, 4097), *range(4097, 16385, 31))} == {variant(m) for m in chosen}
 
 
 def test_other_devices(on_device) -> None:

@@ -1,4 +1,4 @@
-"""Hopper GEMM for tens of rows: bound by the bytes of the weights, on wgmma.
+"""Hopper GEMM for tens of rows, and hundreds of small layers: bound by the bytes of the weights, on wgmma.
 
 A group of four or eight warps holds 16 output features a warp and up to 64 tokens. One bulk-copied stage brings 256 values of
 K: packed weights, scales and x, several stages ahead. A block has one group, or two that halve K and add up in shared memory;
@@ -216,10 +216,10 @@ def gemm_decode(
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T for BM <= 64, see linear.py for the arguments.
 
-    w_desc in boxes [16 WARPS, 32], x_desc [BM, 256], K permuted; stages = K / 256, which `split` units of work share, and
-    in a unit its GROUPS, one or two: split * GROUPS <= stages. Each has WARPS warps, of REGISTERS a thread, and a ring of
-    STAGES stages. BURST, a divisor of STAGES: so many stages are loaded at once, so that neighbouring bytes of a row meet in
-    the memory. Launched with WARPS warps, a second group's are started here. The rest as gemm_large.
+    w_desc in boxes [16 WARPS, 32], x_desc [BM, 256], K permuted; stages = K / 256, rounded up, which `split` units of work
+    share, and in a unit its GROUPS, one or two: split * GROUPS <= stages. Each has WARPS warps, of REGISTERS a thread, and a
+    ring of STAGES stages. BURST, a divisor of STAGES: so many stages are loaded at once, so that neighbouring bytes of a row
+    meet in the memory. Launched with WARPS warps, a second group's are started here. The rest as gemm_large.
     """
     gl.static_assert(BURST < STAGES and STAGES % BURST == 0)
     BN: gl.constexpr = 16 * WARPS

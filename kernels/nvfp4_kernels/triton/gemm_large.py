@@ -210,10 +210,10 @@ def gemm_large(
     """out [M, N] = x [M, K] @ weight [N, K]^T, see linear.py for the arguments.
 
     w_desc int32 [K/128, N, 16] in boxes [2, 64, 16], s_desc int16 [N, K/32] in boxes [64, 8], x_desc [M, K] in the permuted
-    order of hopper.py in boxes [BM, 128 bytes], out_desc in boxes [BM / 8, 64] with BULK_STORE; stages = K / 256. The first
-    `whole` tiles are a unit of work each. With REDUCE the K of each tile behind them is shared by `split` units, which differ
-    by one stage at most, see `add_parts`; no block has more than one of these. partial: fp32 [(tiles - whole) * split * 128 *
-    BM], count: int32 zeros [4 * (tiles - whole)]. Launched with four warps; four more are started here.
+    order of hopper.py in boxes [BM, 128 bytes], out_desc in boxes [BM / 8, 64] with BULK_STORE; stages = K / 256, rounded up.
+    The first `whole` tiles are a unit of work each. With REDUCE the K of each tile behind them is shared by `split` units,
+    which differ by one stage at most, see `add_parts`; no block has more than one of these. partial: fp32 [(tiles - whole) *
+    split * 128 * BM], count: int32 zeros [4 * (tiles - whole)]. Launched with four warps; four more are started here.
     """
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     X_STAGES: gl.constexpr = 4  # two of each parity

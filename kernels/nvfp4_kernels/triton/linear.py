@@ -3,7 +3,7 @@
 Seven GEMMs serve it:
 
 - "few": Hopper, up to 8 rows of 16-bit values; bound by the bytes of the weights (gemm_few.py).
-- "decode": Hopper, tens of rows; likewise bound (gemm_decode.py).
+- "decode": Hopper, tens of rows, and hundreds of small layers; likewise bound (gemm_decode.py).
 - "medium": Hopper, hundreds of rows; weights decoded in registers beside the products (gemm_medium.py).
 - "large": Hopper, many rows; likewise, in larger tiles (gemm_large.py).
 - "widen": fp8_per_token with very many rows; weights widened to e4m3 in a scratch, then the FP8 GEMM of cuBLAS (widen.py).
@@ -42,6 +42,7 @@ _TABLES = Path(__file__).parent.parent / "tables"
 _FALLBACK = "NVIDIA H100 80GB HBM3"
 _LOG = logging.getLogger(__name__)
 _TILE_N = 128
+_FEW_ROWS = 8  # of gemm_few's tile
 K_STEP = 256
 _CHUNK = 128  # values of K that gemm_large's copies are made of
 _ROW_BYTES = 16  # where a row of codes may begin for bulk copies
@@ -206,6 +207,8 @@ def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan |
     if at >= 2 * m or (at > max(m, 128) and cdiv(at, 64) > cdiv(m, 64)):
         return None
     entry, origin = entries[str(at)]
+    if entry["kernel"] == "few" and m > _FEW_ROWS:
+        return None
     parameters = dict(entry)
     return Plan(parameters.pop("kernel"), parameters, f"measured on {origin} for {n} x {k} at M = {at}")
 
@@ -224,7 +227,7 @@ def stages_of(k: int) -> int:
 
 def _rows_of_few(n: int, k: int) -> int:
     """Up to how many rows gemm_few is the fastest: the others' pass over x and shares of K cost small layers too much."""
-    return 8 if k <= 4096 and n * k <= 8192 * 4096 else 4
+    return _FEW_ROWS if k <= 4096 and n * k <= 8192 * 4096 else 4
 
 
 def _rule_few(m: int, n: int, k: int, processors: int) -> Plan:

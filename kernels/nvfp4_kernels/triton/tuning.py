@@ -16,7 +16,7 @@ from .launch import cdiv
 from .linear import Plan
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""The M that tables hold. A call takes the first of them that is no smaller than its own M."""
+"""The M that tables hold; which calls an entry serves `linear.plan` says."""
 MODES = ("none", "fp8_per_token")
 """What is measured. The W4A4 modes run the GEMM of "none" over decoded activations."""
 
@@ -69,7 +69,7 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
     if m <= 8 and not fp8 and k % linear.K_STEP == 0:
         for warps, apart in itertools.product((2, 4, 8), {1: (0,), 4: (0, 1)}.get(m, (1,))):
             plans.append(Plan("few", {"warps": warps, "apart": apart}))
-    if m <= 256 and (fp8 or m >= 4):
+    if m <= 256 and (fp8 or m >= 4 or k % linear.K_STEP):
         plans += _decode_plans(mode, m, n, k, processors)
     if m >= 128 or (m == 64 and not fp8):
         plans += linear.tiled_plans(m, n, k, fp8, processors)[:6]
