@@ -58,7 +58,7 @@ def layer(w: Nvfp4Weight, mode: str) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k", [144, 160, 256, 2880, 4096, 14336, 28672, 36864])
+@pytest.mark.parametrize("k", [144, 160, 256, 1280, 2880, 4096, 14336, 28672, 36864])
 @pytest.mark.parametrize("m", [1, 37, 150])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows(kind: str, m: int, k: int, dtype: torch.dtype) -> None:

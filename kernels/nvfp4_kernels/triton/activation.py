@@ -78,12 +78,11 @@ def _row_tile(m: int, k: int) -> tuple[int, int]:
     return block, 32 if m <= 128 and block == 16384 else block // 1024
 
 
-def _prepare_rows(x: torch.Tensor, source: Source, out: torch.Tensor, scale: torch.Tensor | None, order: str) -> None:
-    """Hopper's pass over a layer's input [M, K], into out, which in the GEMMs' order goes up to their next step with zeros."""
+def _prepare_rows(x: torch.Tensor, source: Source, k: int, out: torch.Tensor, scale: torch.Tensor | None, order: str) -> None:
+    """Hopper's pass over a layer's input [M, k], into out, which in the GEMMs' order goes up to their next step with zeros."""
     from .activation_hopper import prepare_rows
 
     m, out_k = out.shape
-    k = x.shape[1] // 2 if source.kind == "silu_and_mul" else x.shape[1]
     # Nothing asks for a sum over a row; for very many rows a program for each is 2 to 4 % faster.
     shared = scale is None and source.kind == "silu_and_mul" and m <= 1024
     block, warps = (1024, 4) if shared else _row_tile(m, k)
@@ -122,7 +121,7 @@ def sourced(x: torch.Tensor, source: Source, k: int) -> torch.Tensor:
     if source.kind == "plain" or not _on_hopper(x.device, k):
         return apply(x, source)
     out = torch.empty(x.shape[0], k, dtype=x.dtype, device=x.device)
-    _prepare_rows(x, source, out, None, "natural")
+    _prepare_rows(x, source, k, out, None, "natural")
     return out
 
 
@@ -135,7 +134,7 @@ def quantize_fp8(x: torch.Tensor, order: str, source: Source = PLAIN) -> tuple[t
     q = _empty_operand(m, k, order, torch.float8_e4m3fn if fp8 else torch.bfloat16, x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if _on_hopper(x.device, k) and order in ("natural", "fp8"):
-        _prepare_rows(x, source, q, scale, order)
+        _prepare_rows(x, source, k, q, scale, order)
         return q, scale
     x = apply(x, source)
     block = next_power_of_2(q.shape[1])
