@@ -21,6 +21,18 @@ def arch_of(device: torch.device) -> int:
     return cuda_device(torch.cuda.current_device() if device.index is None else device.index)[1]
 
 
+def hopper_problem(k: int) -> str | None:
+    """What keeps a dense layer with K values a row from Hopper's kernels; None if nothing does."""
+    if k % 32 == 0:
+        return None
+    return f"K = {k} is no multiple of 32: the rows of the weight are not 16-byte aligned, as bulk copies are"
+
+
+def hopper_serves(device: torch.device, k: int) -> bool:
+    """Whether Hopper's kernels serve a dense layer with K values a row on this device."""
+    return arch_of(device) == 90 and hopper_problem(k) is None
+
+
 def processors_of(device: torch.device) -> int:
     """Multiprocessors of a CUDA device."""
     return cuda_device(torch.cuda.current_device() if device.index is None else device.index)[2]

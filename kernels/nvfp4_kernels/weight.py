@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import ops
-from .devices import arch_of
+from .devices import hopper_serves
 from .formats import E2M1_MAX, E4M3_MAX, GROUP_SIZE, align_scale_rows, e4m3_decode
 from .reference.quantize import dequantize
 from .reference.weight import SCALE_BASE, SCALE_SEARCHES
@@ -67,9 +67,7 @@ class Nvfp4Weight:
 
         The same tensors, but for the fold that FP8 needs, and for scales that bulk copies read, see `formats.align_scale_rows`.
         """
-        device = self.scales.device
-        # Of a dense layer Hopper's GEMMs take a K that is a multiple of 32.
-        bulk = self.scales.dim() == 3 or (device.type == "cuda" and arch_of(device) == 90 and self.scales.shape[-1] % 2 == 0)
+        bulk = self.scales.dim() == 3 or hopper_serves(self.scales.device, self.shape[-1])
         scales = align_scale_rows(self.scales) if bulk else self.scales
         fold = fp8_fold(self.scales) if activation in ("fp8_per_token", "auto") else self.fp8_fold
         return replace(self, scales=scales, fp8_fold=fold)

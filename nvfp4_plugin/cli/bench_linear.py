@@ -127,13 +127,14 @@ def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | No
 
     import torch
 
+    from nvfp4_kernels.devices import hopper_problem
     from nvfp4_kernels.triton import tuning
-    from nvfp4_kernels.triton.linear import hopper_problem, user_table_path
+    from nvfp4_kernels.triton.linear import user_table_path
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         raise typer.BadParameter("--tune chooses among Hopper's kernels: it needs an SM90 GPU", param_hint="--tune")
     for n, k in shapes:
-        problem = hopper_problem(n, k)
+        problem = hopper_problem(k)
         if problem:
             raise typer.BadParameter(f"{n}x{k}: {problem}", param_hint="--layer")
     table = tuning.tune(

@@ -23,7 +23,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
-from nvfp4_kernels.triton.linear import hopper_problem
+from nvfp4_kernels.devices import hopper_problem
 
 logger = logging.getLogger("nvfp4_plugin")
 
@@ -76,8 +76,8 @@ def _fuse(layer: Node) -> str | None:
     """
     (x, data, *_), rest = layer.args, layer.args[1:]
     x = _through_views(x)
-    n, half = _value(data).shape
-    if len(x.users) > 1 or hopper_problem(n, 2 * half):
+    half = _value(data).shape[1]
+    if len(x.users) > 1 or hopper_problem(2 * half):
         return None
     nvfp4, ir = torch.ops.nvfp4, torch.ops.vllm_ir
     if (gate_up := _gate_up(x)) is not None:

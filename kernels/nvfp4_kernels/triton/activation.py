@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..devices import arch_of
+from ..devices import arch_of, hopper_serves
 from ..reference.source import PLAIN, Source, apply
 from .launch import cdiv, launch, next_power_of_2
 from .numerics import e2m1_decode, e4m3_decode
@@ -112,13 +112,9 @@ def _empty_operand(m: int, k: int, order: str, dtype: torch.dtype, device: torch
     return torch.empty(operand_rows(m), cdiv(k, 256) * 256, dtype=dtype, device=device)[:m]
 
 
-def _on_hopper(device: torch.device, k: int) -> bool:
-    return arch_of(device) == 90 and k % 32 == 0
-
-
 def sourced(x: torch.Tensor, source: Source, k: int) -> torch.Tensor:
     """The layer's input [M, K] in x's dtype: `reference.source.apply`, in one pass on Hopper."""
-    if source.kind == "plain" or not _on_hopper(x.device, k):
+    if source.kind == "plain" or not hopper_serves(x.device, k):
         return apply(x, source)
     out = torch.empty(x.shape[0], k, dtype=x.dtype, device=x.device)
     _prepare_rows(x, source, k, out, None, "natural")
@@ -133,7 +129,7 @@ def quantize_fp8(x: torch.Tensor, order: str, source: Source = PLAIN) -> tuple[t
     fp8 = arch >= 89
     q = _empty_operand(m, k, order, torch.float8_e4m3fn if fp8 else torch.bfloat16, x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    if _on_hopper(x.device, k) and order in ("natural", "fp8"):
+    if hopper_serves(x.device, k) and order in ("natural", "fp8"):
         _prepare_rows(x, source, k, q, scale, order)
         return q, scale
     x = apply(x, source)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..devices import cuda_device
+from ..devices import cuda_device, hopper_problem
 from ..formats import SfLayout, align_scale_rows
 from ..reference.linear import INVERSE_BASE
 from ..reference.source import PLAIN, Source
@@ -45,7 +45,6 @@ _TILE_N = 128
 _FEW_ROWS = 8  # of gemm_few's tile
 K_STEP = 256
 _CHUNK = 128  # values of K that gemm_large's copies are made of
-_ROW_BYTES = 16  # where a row of codes may begin for bulk copies
 
 # Microseconds on an H100, by the GEMM, the tokens of its tile and whether it multiplies e4m3: a step of 256 values of K, a unit
 # of work beside its steps, adding up the parts of a tile, and each part. A fit to 356 times of seven layers, M from 128 to
@@ -213,13 +212,6 @@ def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan |
     return Plan(parameters.pop("kernel"), parameters, f"measured on {origin} for {n} x {k} at M = {at}")
 
 
-def hopper_problem(n: int, k: int) -> str | None:
-    """What keeps a shape from the Hopper GEMMs; None if nothing does."""
-    if k // 2 % _ROW_BYTES:
-        return f"K = {k} is no multiple of {2 * _ROW_BYTES}: the rows of the weight are not 16-byte aligned, as bulk copies are"
-    return None
-
-
 def stages_of(k: int) -> int:
     """Steps of the Hopper GEMMs over K; the last may go past its end, where bulk copies bring zeros."""
     return cdiv(k, K_STEP)
@@ -321,7 +313,7 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
         return Plan("portable", {}, why) if why else Plan("dot_scaled", {}, f"SM{arch} has FP4 tensor cores")
     if arch != 90:
         return Plan("portable", {}, f"SM{arch} has no wgmma")
-    why = hopper_problem(n, k)
+    why = hopper_problem(k)
     if why:
         return Plan("portable", {}, why)
     measured = _measured(device, mode, m, n, k)
@@ -344,7 +336,7 @@ def _widen_serves(n: int, dtype: torch.dtype) -> bool:
 def faster_mode(device: torch.device, m: int, n: int, k: int) -> str:
     """What "auto" stands for on Ada and Hopper at this shape: "fp8_per_token" or "none"."""
     name, arch, _ = cuda_device(device.index or 0)
-    if arch != 90 or hopper_problem(n, k):
+    if arch != 90 or hopper_problem(k):
         return "none"
     first = _table(name).get("auto", {}).get(f"{n}x{k}")
     return "fp8_per_token" if m >= (_rows_of_few(n, k) + 1 if first is None else first) else "none"
