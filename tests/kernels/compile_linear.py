@@ -54,8 +54,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: i
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
-        or name in ("K", "out_k", "x_stride", "w_stride", "stride", "residual_stride", "row_words")
+        if signature[name].startswith("*") or name in ("K", "out_k", "x_stride", "stride", "residual_stride")
     }
     source = (GluonASTSource if gluon else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps} | ({"maxnreg": constants["REGISTERS"]} if "REGISTERS" in constants else {})
@@ -99,14 +98,14 @@ def rows() -> list[tuple[Any, ...]]:
             }  # fmt: skip
             made.append((f"medium {x} {reduce}", gemm_medium, types, constants, 90, 4, True))
     for x in ("fp8", "bf16"):
-        for bm, warps, groups in ((8, 4, 1), (64, 8, 1), (16, 4, 2), (64, 4, 2)):
-            ring = {"STAGES": 4, "BURST": 2} if groups == 1 else {"STAGES": 2, "BURST": 1}
+        for bm, warps, groups in ((8, 4, 1), (64, 8, 1), (16, 4, 2), (64, 4, 2), (128, 4, 2 if x == "fp8" else 1)):
+            ring = {"STAGES": 4, "BURST": 2} if groups == 1 and bm < 128 else {"STAGES": 2, "BURST": 1}
             registers = {"GROUPS": groups, "REGISTERS": 128 if bm <= 16 else 255}
             constants = {"BM": bm, "WARPS": warps, **registers, **ring, "TOKEN": True, "BIAS": True, "REDUCE": True}
             types = wgmma_operands(x, 16 * warps, bm, 256) | {"w_desc": descriptor(gl.int32, "i32", [16 * warps, 32], 128)}
             made.append((f"decode {x} {bm} {groups}", gemm_decode, types, constants, 90, warps, True))
     for x in ("bf16", "fp16"):
-        for warps, apart in ((8, False), (2, True)):
+        for warps, apart, tail in ((8, False, False), (2, True, False), (4, True, True)):
             types = {
                 "w_ptr": "*i32",
                 "s_ptr": "*i16" if apart else "*i32",
@@ -114,7 +113,7 @@ def rows() -> list[tuple[Any, ...]]:
                 "out_ptr": f"*{x}",
                 "bias_ptr": f"*{x}",
             }
-            constants = {"KW": warps, "APART": apart, "TOKEN": False, "BIAS": False}
+            constants = {"KW": warps, "APART": apart, "TAIL": tail, "TOKEN": False, "BIAS": False}
             made.append((f"few {x} {warps}", gemm_few, types, constants, 90, warps, True))
     for source, out, permute, block, whole in (
         *((source, "fp8", permute, *shape) for source in SOURCES for permute in (False, True) for shape in ROW_SHAPES),

@@ -60,8 +60,14 @@ def assert_pipelined(variant: dict[str, Any]) -> None:
     assert int(spilled[1]) <= 64, variant["log"]  # a few words around the epilogue
 
 
-@pytest.mark.parametrize("x", ["fp8", "bf16"])
-@pytest.mark.parametrize(("bm", "groups"), [(8, 1), (64, 1), (16, 2), (64, 2)])
+@pytest.mark.parametrize(
+    ("x", "bm", "groups"),
+    [
+        *((x, *tile) for x in ("fp8", "bf16") for tile in ((8, 1), (64, 1), (16, 2), (64, 2))),
+        ("fp8", 128, 2),
+        ("bf16", 128, 1),
+    ],
+)
 def test_decode(compiled: Variants, x: str, bm: int, groups: int) -> None:
     variant = compiled[f"decode {x} {bm} {groups}", 90]
     assert count(variant, rf"wgmma\.mma_async\.sync\.aligned\.m64n{bm}k") == groups * (8 if x == "fp8" else 16)
@@ -78,6 +84,7 @@ def test_decode(compiled: Variants, x: str, bm: int, groups: int) -> None:
     if x == "fp8" and (bm, groups) != (16, 2):
         products = [found.start() for found in re.finditer(r"wgmma\.mma_async", ptx)]
         assert not re.search(r"prmt|wgmma\.wait_group", ptx[first : products[7]])
+    assert variant["shared"] <= 227 * 1024
     assert_pipelined(variant)
 
 
@@ -120,7 +127,7 @@ def test_an_overwritten_operand_is_found(between: str, pending: int, start: int,
 
 
 @pytest.mark.parametrize("x", ["bf16", "fp16"])
-@pytest.mark.parametrize("warps", [2, 8])
+@pytest.mark.parametrize("warps", [2, 4, 8])
 def test_few(compiled: Variants, x: str, warps: int) -> None:
     variant = compiled[f"few {x} {warps}", 90]
     assert count(variant, r"mma\.sync\.aligned\.m16n8k16") == 2 * 16

@@ -1,6 +1,6 @@
 """Hopper GEMM for tens of rows, and hundreds of small layers: bound by the bytes of the weights, on wgmma.
 
-A group of four or eight warps holds 16 output features a warp and up to 64 tokens. One bulk-copied stage brings 256 values of
+A group of four or eight warps holds 16 output features a warp and up to 128 tokens. One bulk-copied stage brings 256 values of
 K: packed weights, scales and x, several stages ahead. A block has one group, or two that halve K and add up in shared memory;
 split-K, where blocks share a tile, adds up in the last of its blocks.
 """
@@ -214,7 +214,7 @@ def gemm_decode(
     BM: gl.constexpr, WARPS: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, STAGES: gl.constexpr,
     BURST: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr, REDUCE: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = x [M, K] @ weight [N, K]^T for BM <= 64, see linear.py for the arguments.
+    """out [M, N] = x [M, K] @ weight [N, K]^T for BM <= 128, see linear.py for the arguments.
 
     w_desc in boxes [16 WARPS, 32], x_desc [BM, 256], K permuted; stages = K / 256, rounded up, which `split` units of work
     share, and in a unit its GROUPS, one or two: split * GROUPS <= stages. Each has WARPS warps, of REGISTERS a thread, and a

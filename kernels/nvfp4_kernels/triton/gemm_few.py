@@ -56,16 +56,18 @@ def _decode(words, scales, KW: gl.constexpr, BN: gl.constexpr, OPERAND: gl.const
     return gl.convert_layout(gl.reshape(a, [KW, BN, 256]), OPERAND, assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "stages", "row_stride", "token_stride"])
+@gluon.jit(do_not_specialize=["M", "N", "stages", "pieces", "row_stride", "token_stride"])
 def gemm_few(
-    w_ptr, s_ptr, x_ptr, out_ptr, row_ptr, token_ptr, bias_ptr, N, M, stages, w_stride, s_stride, x_stride, row_stride,
-    token_stride, KW: gl.constexpr, APART: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
+    w_ptr, s_ptr, x_ptr, out_ptr, row_ptr, token_ptr, bias_ptr, N, M, stages, pieces, s_stride, x_stride, row_stride,
+    token_stride, KW: gl.constexpr, APART: gl.constexpr, TAIL: gl.constexpr, TOKEN: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T for M <= 8, K in its own order; see linear.py for the arguments.
 
-    w_ptr int32 [N, K/8], s_ptr int32 [N, K/64]; stages = K / 256. A block has 16 features, and KW warps that share K.
-    APART: a thread's two loads of weights lie 64 bytes apart, and s_ptr is int16 [N, K/32].
+    w_ptr int32 [N, K/8], s_ptr int32 [N, K/64]; pieces = K / 32, stages = K / 256, rounded up. A block has 16 features, and KW
+    warps that share K. APART: a thread's two loads of weights lie 64 bytes apart, and s_ptr is int16 [N, K/32]. TAIL: K is no
+    multiple of 256; APART, too.
     """
+    gl.static_assert(APART or not TAIL)
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     FP16: gl.constexpr = gl.float16 == DTYPE
     BN: gl.constexpr = 16
@@ -89,16 +91,27 @@ def gemm_few(
     k_w, n_w, column_w = _positions([KW, BN, 32], WORDS)
     k_s, n_s, column_s = _positions([KW, BN, S], SCALES)
     k_x, m_x, column_x = _positions([KW, BM, 256], X)
-    # Rows past N read row N - 1; what comes of them is not stored.
-    w_pointers = w_ptr + gl.minimum(tile * BN + n_w, N - 1).to(gl.int64) * w_stride + (k_w * 32 + column_w)
+    # Rows past N read row N - 1; what comes of them is not stored. A stride as an argument would not do for 16-byte loads:
+    # Triton learns of multiples of 16 alone, and this is one of 4.
+    w_pointers = w_ptr + gl.minimum(tile * BN + n_w, N - 1).to(gl.int64) * (pieces * 4) + (k_w * 32 + column_w)
     s_pointers = s_ptr + gl.minimum(tile * BN + n_s, N - 1).to(gl.int64) * s_stride + (k_s * S + column_s)
     x_pointers = x_ptr + m_x.to(gl.int64) * x_stride + (k_x * 256 + column_x)
     every_w = (n_w >= 0) & (column_w >= 0)
     every_s = (n_s >= 0) & (column_s >= 0)
     x_valid = (m_x < M) & (column_x >= 0)
 
-    w = gl.load(w_pointers, mask=every_w & (k_w < stages), other=0)
-    s = gl.load(s_pointers, mask=every_s & (k_s < stages), other=0)
+    # With a tail a load's own 32 codes count, not the step that they are of.
+    if TAIL:
+        at_w = k_w * 32 + column_w
+        at_s = k_s * S + column_s
+        at_x = k_x * 256 + column_x
+        w_inside = every_w & (at_w < pieces * 4)
+        s_inside = every_s & (at_s < pieces)
+    else:
+        w_inside = every_w & (k_w < stages)
+        s_inside = every_s & (k_s < stages)
+    w = gl.load(w_pointers, mask=w_inside, other=0)
+    s = gl.load(s_pointers, mask=s_inside, other=0)
     # The first weights are on their way while the kernel before this one, which x may come from, still runs.
     wait_for_previous_kernel()
     acc = gl.zeros([KW, BN, BM], gl.float32, ACC)
@@ -109,12 +122,20 @@ def gemm_few(
     for turn in range(turns):
         for odd in gl.static_range(2):
             ahead = step + KW
-            end = stages
+            end = pieces if TAIL else stages
             if odd == 1:
-                end = gl.where(turn < turns - 1, stages, 0)
-            w_next = gl.load(w_pointers + ahead * 32, mask=every_w & (ahead + k_w < end), other=0)
-            s_next = gl.load(s_pointers + ahead * S, mask=every_s & (ahead + k_s < end), other=0)
-            x = gl.load(x_pointers + step * 256, mask=x_valid & (step + k_x < stages), other=0.0)
+                end = gl.where(turn < turns - 1, end, 0)
+            if TAIL:
+                w_inside = every_w & (at_w < end * 4 - ahead * 32)
+                s_inside = every_s & (at_s < end - ahead * S)
+                x_inside = x_valid & (at_x < pieces * 32 - step * 256)
+            else:
+                w_inside = every_w & (ahead + k_w < end)
+                s_inside = every_s & (ahead + k_s < end)
+                x_inside = x_valid & (step + k_x < stages)
+            w_next = gl.load(w_pointers + ahead * 32, mask=w_inside, other=0)
+            s_next = gl.load(s_pointers + ahead * S, mask=s_inside, other=0)
+            x = gl.load(x_pointers + step * 256, mask=x_inside, other=0.0)
             step = ahead
             if APART:  # m load t word h j1 j0 -> load word j1 j0 t h m
                 b = gl.permute(gl.reshape(x, [KW, BM, 2, 4, 4, 2, 2, 2]), [0, 2, 4, 6, 7, 3, 5, 1])

@@ -226,9 +226,11 @@ def _rule_few(m: int, n: int, k: int, processors: int) -> Plan:
     blocks = cdiv(n, 16)
     if blocks * 2 >= processors * 8 and 1 <= stages_of(k) % 8 <= 4:
         warps = 2  # four would leave half of their last turn over K empty
+    elif blocks <= processors and 8 < stages_of(k) <= 16:
+        warps = 8  # one turn
     else:
         warps = 4 if blocks * 4 >= processors * 9 or k <= 5120 else 8
-    apart = m > (4 if warps == 2 else 2)
+    apart = m > (4 if warps == 2 else 2) or k % K_STEP > 0  # else ptxas puts the loads of a K with a tail where they are used
     return Plan("few", {"warps": warps, "apart": int(apart)}, "a few rows are bound by the weights' bytes")
 
 
@@ -319,7 +321,7 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     measured = _measured(device, mode, m, n, k)
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
         return measured
-    if m <= _rows_of_few(n, k) and mode != "fp8_per_token" and k % K_STEP == 0:
+    if m <= _rows_of_few(n, k) and mode != "fp8_per_token":
         return _rule_few(m, n, k, processors)
     fp8 = mode == "fp8_per_token"
     if m <= 64:
@@ -374,14 +376,15 @@ def _launch_few(
 
     m, k = x.shape
     n = data.shape[0]
-    apart = options["apart"] > 0
+    tail = k % K_STEP > 0
+    apart = tail or options["apart"] > 0
     scales = scales.view(torch.int16 if apart else torch.int32)
     launch(
         gemm_few, (cdiv(n, 16),),
         data.view(torch.int32), scales, x, out, row_scale, token_scale, bias,
-        n, m, k // K_STEP, k // 8, scales.shape[1], x.stride(0),
+        n, m, stages_of(k), k // 32, scales.stride(0), x.stride(0),
         gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
-        KW=options["warps"], APART=apart, TOKEN=token_scale is not None, BIAS=bias is not None,
+        KW=options["warps"], APART=apart, TAIL=tail, TOKEN=token_scale is not None, BIAS=bias is not None,
         num_warps=options["warps"], launch_pdl=True,
     )  # fmt: skip
 
@@ -522,7 +525,7 @@ def run(
 ) -> torch.Tensor:
     """`linear` by a given plan, into out."""
     wgmma = chosen.kernel in ("decode", "medium", "large")
-    scales = align_scale_rows(scales) if wgmma or chosen.kernel == "widen" else scales.contiguous()
+    scales = align_scale_rows(scales) if wgmma or chosen.kernel in ("few", "widen") else scales.contiguous()
     token_scale: torch.Tensor | None = None
     fold: torch.Tensor | None = None
     if activation != "fp8_per_token":
