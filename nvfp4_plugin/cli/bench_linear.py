@@ -140,8 +140,7 @@ def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | No
     table = tuning.tune(
         shapes,
         device,
-        # Hundreds of plans one after the other: the card does not rest for long.
-        lambda calls: time_calls(calls, device, repeats, warm_up=0.05).seconds,
+        lambda calls, warm_up: time_calls(calls, device, repeats, warm_up=warm_up).seconds,
         copies_of=lambda nbytes: rotation(nbytes, device, limit=32),
         log=lambda line: typer.echo(line, err=True),
     )

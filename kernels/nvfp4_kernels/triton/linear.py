@@ -55,16 +55,23 @@ _COSTS = {
     ("medium", 128, False): (1.67, 0.96, 4.3, 1.04),
     ("large", 256, False): (2.72, 3.0, 3.0, 1.9),
 }
-# The same of gemm_decode with tiles of 64 tokens, by whether it multiplies e4m3; blocks beside each other on a processor take
-# as long as one by one. A fit to 46 shapes.
-_DECODE_COSTS = {True: (0.4, 2.0, 1.2, 0.3), False: (0.65, 1.9, 0.9, 0.48)}
-# By whether it multiplies e4m3 and how many blocks lie beside each other: groups, stages, resident.
+# The same of gemm_decode in several tiles, by their tokens and whether it multiplies e4m3; blocks beside each other on a
+# processor take as long as one by one. A fit to 46 shapes, of tiles of 128 tokens to 12.
+_DECODE_COSTS = {
+    (64, True): (0.4, 2.0, 1.2, 0.3),
+    (64, False): (0.65, 1.9, 0.9, 0.48),
+    (128, True): (0.52, 4.3, 0.9, 0.65),
+    (128, False): (0.95, 3.4, 0.9, 0.9),
+}
+# By the same and how many blocks lie beside each other: groups, stages, resident.
 _DECODE_BESIDE = {
-    (True, 1): (2, 3, 1),
-    (True, 2): (1, 3, 2),
-    (True, 3): (1, 2, 3),
-    (False, 1): (2, 2, 1),
-    (False, 2): (1, 2, 2),
+    (64, True, 1): (2, 3, 1),
+    (64, True, 2): (1, 3, 2),
+    (64, True, 3): (1, 2, 3),
+    (64, False, 1): (2, 2, 1),
+    (64, False, 2): (1, 2, 2),
+    (128, True, 1): (2, 2, 1),
+    (128, False, 1): (1, 2, 1),
 }
 
 
@@ -287,21 +294,24 @@ def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan
 
 
 def _tiles_of_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> list[tuple[float, str, dict[str, int]]]:
-    """(microseconds, "decode", tile) where the tiles are so few that all their blocks run at once, else nothing."""
+    """(microseconds, "decode", tile) where the tiles are so few that all their blocks run at once."""
     stages = stages_of(k)
-    tiles = cdiv(n, 64) * cdiv(m, 64)
-    beside = cdiv(tiles, processors)
-    if (fp8, beside) not in _DECODE_BESIDE or stages == 1:
-        return []
-    groups, ring, resident = _DECODE_BESIDE[fp8, beside]
-    step, unit, add, part = _DECODE_COSTS[fp8]
-    split = max(1, min(processors // tiles, most_shares(k) // groups, 4))
-    share = cdiv(stages, split)
-    if groups == 2 and share <= 12:
-        ring = 2
-    us = beside * share * step + unit + (add + split * part if split > 1 else 0.0)
-    tile = {"bm": 64, "warps": 4, "groups": groups, "stages": ring, "resident": resident, "split": split}
-    return [(us, "decode", tile)]
+    found = []
+    for bm in (64, 128):
+        tiles = cdiv(n, 64) * cdiv(m, bm)
+        beside = cdiv(tiles, processors)
+        if (bm, fp8, beside) not in _DECODE_BESIDE or stages == 1:
+            continue
+        groups, ring, resident = _DECODE_BESIDE[bm, fp8, beside]
+        step, unit, add, part = _DECODE_COSTS[bm, fp8]
+        for split in range(1, max(1, min(processors // tiles, most_shares(k) // groups, 4)) + 1):
+            share = cdiv(stages, split)
+            us = beside * share * step + unit + (add + split * part if split > 1 else 0.0)
+            tile = {"bm": bm, "warps": 4, "groups": groups, "stages": ring, "resident": resident, "split": split}
+            if groups == 2 and share <= 12:
+                tile["stages"] = 2
+            found.append((us, "decode", tile))
+    return found
 
 
 @functools.lru_cache(4096)

@@ -20,6 +20,11 @@ ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MODES = ("none", "fp8_per_token")
 """What is measured. The W4A4 modes run the GEMM of "none" over decoded activations."""
 
+# Seconds of work before a measurement. Hundreds of rows draw all the power that a card may, and slow it down after a second:
+# from _HOT_ROWS on, plans this close to the fastest are measured once more, one right after the other.
+_QUICK, _HEATING, _HOT = 0.05, 1.5, 0.5
+_HOT_ROWS, _CLOSE = 512, 1.06
+
 Call = Callable[[], object]
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # (BM, warps of a group, groups, stages, resident blocks) of the decode GEMM by what it multiplies. Longer rings hold up x,
@@ -30,12 +35,14 @@ _DECODE_TILES = {
         *((16, 4, *tile) for tile in ((1, 2, 4), (1, 3, 4), (1, 4, 3), (2, 2, 2))),
         *((32, 4, *tile) for tile in ((1, 2, 3), (1, 3, 2), (2, 2, 1), (2, 3, 1))),
         *((64, *tile) for tile in ((8, 1, 2, 2), (4, 1, 2, 2), (4, 2, 2, 1))),
+        *((128, *tile) for tile in ((4, 1, 2, 1), (4, 1, 3, 1), (8, 1, 2, 1))),
     ),
     "fp8_per_token": (
         *((8, 4, *tile) for tile in ((1, 2, 4), (1, 3, 4), (1, 4, 4), (2, 2, 2), (2, 3, 2))),
         *((16, 4, *tile) for tile in ((1, 2, 4), (1, 3, 4), (1, 4, 4), (2, 2, 2), (2, 3, 2))),
         *((32, 4, *tile) for tile in ((1, 2, 4), (1, 3, 3), (1, 4, 3), (2, 2, 2), (2, 3, 1))),
         *((64, *tile) for tile in ((4, 1, 2, 4), (4, 1, 2, 3), (4, 1, 3, 2), (4, 2, 2, 1), (4, 2, 3, 1), (8, 1, 3, 2))),
+        *((128, *tile) for tile in ((4, 1, 2, 2), (4, 1, 3, 1), (4, 2, 2, 1), (8, 1, 3, 1))),
     ),
 }
 
@@ -51,12 +58,12 @@ def _splits(k: int, tiles: int, groups: int, blocks: int) -> list[int]:
 
 def _decode_plans(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
     plans = []
-    bm = linear.rows_of_decode_tile(m)
-    for rows, warps, groups, stages, resident in _DECODE_TILES[mode]:
-        if rows != bm or groups > linear.stages_of(k):
+    tiles_of = {linear.rows_of_decode_tile(m)} | ({128} if m > 64 else set())
+    for bm, warps, groups, stages, resident in _DECODE_TILES[mode]:
+        tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
+        if bm not in tiles_of or groups > linear.stages_of(k) or (m > 256 and (bm == 64 or tiles > processors * resident)):
             continue
         tile = {"bm": bm, "warps": warps, "groups": groups, "stages": stages, "resident": resident}
-        tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
         for split in _splits(k, tiles, groups, processors * resident):
             plans.append(Plan("decode", {**tile, "split": split}))
     return plans
@@ -66,10 +73,10 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
     """The plans to measure for x [m, k] under "none" or "fp8_per_token" and a weight [n, k] on Hopper."""
     fp8 = mode == "fp8_per_token"
     plans = []
-    if m <= 8 and not fp8 and k % linear.K_STEP == 0:
-        for warps, apart in itertools.product((2, 4, 8), {1: (0,), 4: (0, 1)}.get(m, (1,))):
+    if m <= 8 and not fp8:
+        for warps, apart in itertools.product((2, 4, 8), (1,) if k % linear.K_STEP else {1: (0,), 4: (0, 1)}.get(m, (1,))):
             plans.append(Plan("few", {"warps": warps, "apart": apart}))
-    if m <= 256 and (fp8 or m >= 4 or k % linear.K_STEP):
+    if m <= 512 and (fp8 or m >= 4 or k % linear.K_STEP):
         plans += _decode_plans(mode, m, n, k, processors)
     if m >= 128 or (m == 64 and not fp8):
         plans += linear.tiled_plans(m, n, k, fp8, processors)[:6]
@@ -125,7 +132,7 @@ def compile_all(jobs: Iterable[tuple[Plan, str, int]], device: torch.device) -> 
 def tune(
     shapes: Sequence[tuple[int, int]],
     device: torch.device,
-    time_calls: Callable[[list[Call]], float],
+    time_calls: Callable[[list[Call], float], float],
     *,
     copies_of: Callable[[int], int],
     log: Callable[[str], None] = print,
@@ -134,7 +141,8 @@ def tune(
     """Measure all plans for each (N, K) and return their table: {"device", "linear": {mode: {NxK: {M: plan}}}, "us": times}.
 
     Under "auto" the table holds the first M at which fp8_per_token is the faster. time_calls: median seconds of one of a
-    list of calls; copies_of(bytes): how many weights of that size to rotate; compiled: the cache holds all kernels.
+    list of calls, after so many seconds of work; copies_of(bytes): how many weights of that size to rotate; compiled: the cache
+    holds all kernels.
     """
     name = torch.cuda.get_device_name(device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -147,12 +155,18 @@ def tune(
         shape = f"{n}x{k}"
         weights = [operands(n, k, device) for _ in range(copies_of(n * k * 9 // 16))]
         for mode, m in itertools.product(MODES, ROWS):
+
+            def seconds_of(plan: Plan, warm_up: float, mode: str = mode, m: int = m, weights: list[Weight] = weights) -> float:
+                return time_calls(calls(plan, mode, m, weights), warm_up)
+
             measured = []
             for plan in candidates(mode, m, n, k, processors):
                 try:
-                    measured.append((time_calls(calls(plan, mode, m, weights)), plan))
+                    measured.append((seconds_of(plan, _QUICK), plan))
                 except Exception as error:  # a plan that does not run is left out, and said
                     log(f"{shape} M={m} {mode} {plan.kernel} {plan.parameters}: {type(error).__name__}: {error}")
+            if measured and m >= _HOT_ROWS:
+                measured = _measured_hot(measured, seconds_of)
             if measured:
                 # The last entry serves all larger M, too, where widening pays more: it wins a tie there.
                 tie = 0.97 if m == ROWS[-1] else 1.0
@@ -162,6 +176,15 @@ def tune(
         table["auto"][shape] = _first_fp8(times["none"].get(shape, {}), times["fp8_per_token"].get(shape, {}))
         log(f"{shape}: { ({mode: times[mode].get(shape) for mode in MODES}) }, fp8 from M = {table['auto'][shape]}")
     return {"device": name, "linear": table, "us": times}
+
+
+def _measured_hot(measured: list[tuple[float, Plan]], seconds_of: Callable[[Plan, float], float]) -> list[tuple[float, Plan]]:
+    """The plans that are close to the fastest, (seconds, plan) each, with the clocks that the card settles at."""
+    fastest = min(seconds for seconds, _ in measured)
+    close = [plan for seconds, plan in measured if seconds <= _CLOSE * fastest]
+    if len(close) == 1:
+        return measured
+    return [(seconds_of(plan, _HOT if i else _HEATING), plan) for i, plan in enumerate(close)]
 
 
 def jobs_of(shapes: Sequence[tuple[int, int]], processors: int) -> list[tuple[Plan, str, int]]:
