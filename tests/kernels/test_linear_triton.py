@@ -241,3 +241,27 @@ def test_first_fp8() -> None:
     assert tuning._first_fp8(none, {"1": 12.0, "8": 9.0, "16": 9.9}) == 2
     assert tuning._first_fp8(none, {"1": 9.0, "8": 10.6, "16": 9.0}) == 9
     assert tuning._first_fp8(none, {"1": 9.8, "8": 9.8, "16": 9.8}) == 17
+
+
+def test_plans_close_to_the_fastest_are_measured_hot() -> None:
+    a, b, c = (gpu.Plan(name) for name in "abc")
+    asked: list[tuple[str, float]] = []
+
+    def seconds_of(plan: gpu.Plan, warm_up: float) -> float:
+        asked.append((plan.kernel, warm_up))
+        return {"a": 12.0, "b": 11.0}[plan.kernel]
+
+    assert tuning._measured_hot([(10.0, a), (10.5, b), (11.0, c)], seconds_of) == [(12.0, a), (11.0, b)]
+    assert [kernel for kernel, _ in asked] == ["a", "b"]
+    assert asked[0][1] > asked[1][1] > 0.3  # the first heats the card
+    assert tuning._measured_hot([(10.0, a), (11.0, c)], seconds_of) == [(10.0, a), (11.0, c)]
+    assert len(asked) == 2
+
+
+def test_tiles_of_128_tokens_where_they_fill_the_card_once(on_device) -> None:
+    device = on_device("another Hopper", 90)
+    for n, k, m, bm in ((3584, 4736, 192, 128), (3584, 4736, 128, 64), (4096, 1408, 192, 64), (1024, 4096, 512, 64)):
+        for mode in ("fp8_per_token", "none"):
+            if (mode, k) != ("none", 1408):  # 16 bits hold two tiles of 64 beside each other less well
+                plan = gpu.plan(device, mode, m, n, k)
+                assert (plan.kernel, plan.parameters["bm"]) == ("decode", bm), (mode, m, n, k, plan)
