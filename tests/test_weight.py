@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nvfp4_kernels import Nvfp4Weight, SfLayout, nvfp4_quantize, quantize_weight
+from nvfp4_kernels.formats import align_scale_rows
 from nvfp4_kernels.weight import fp8_fold
 
 
@@ -188,3 +189,19 @@ print((after - before) * 1024 - result.nbytes)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 64 << 20
+
+
+def test_scale_rows_for_bulk_copies() -> None:
+    scales = torch.rand(5, 24).to(torch.float8_e4m3fn)
+    aligned = align_scale_rows(scales)
+    assert aligned.stride() == (32, 1)
+    assert torch.equal(aligned.view(torch.uint8), scales.view(torch.uint8))
+    assert not aligned.as_strided((5, 32), (32, 1)).view(torch.uint8)[:, 24:].any()  # kernels read whole steps of K
+    assert align_scale_rows(aligned) is aligned
+    whole = torch.rand(5, 96).to(torch.float8_e4m3fn)
+    assert align_scale_rows(whole) is whole
+    assert align_scale_rows(whole[:, :32]).data_ptr() == whole.data_ptr()
+    # Rows of a part of a tensor have the next part's scales behind them.
+    part = align_scale_rows(whole[:, :24])
+    assert part.stride() == (32, 1)
+    assert not part.as_strided((5, 32), (32, 1)).view(torch.uint8)[:, 24:].any()

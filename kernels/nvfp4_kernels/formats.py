@@ -51,7 +51,9 @@ def align_scale_rows(scales: torch.Tensor) -> torch.Tensor:
     rows, width = scales.shape[-2:]
     *expert_stride, row_stride, stride = scales.stride()
     even = all(apart == rows * row_stride for apart in expert_stride)
-    if stride == 1 and row_stride % 16 == 0 and even and scales.data_ptr() % 16 == 0:
+    # Rows that are no multiple of 16 bytes are taken for such a view if they lie as close as in one.
+    aligned = row_stride % 16 == 0 if width % 16 == 0 else row_stride == ceil_to(width, 16)
+    if stride == 1 and aligned and even and scales.data_ptr() % 16 == 0:
         return scales
     # Copies and fills of 8-bit floats are not there on every device.
     padded = F.pad(scales.view(torch.uint8), (0, -width % 16))

@@ -63,9 +63,9 @@ def gemm_few(
 ):  # fmt: skip
     """out [M, N] = x [M, K] @ weight [N, K]^T for M <= 8, K in its own order; see linear.py for the arguments.
 
-    w_ptr int32 [N, K/8], s_ptr int32 [N, K/64]; pieces = K / 32, stages = K / 256, rounded up. A block has 16 features, and KW
-    warps that share K. APART: a thread's two loads of weights lie 64 bytes apart, and s_ptr is int16 [N, K/32]. TAIL: K is no
-    multiple of 256; APART, too.
+    w_ptr int32 [N, K/8], s_ptr int32 [N, 4 stages], zeros behind K; pieces = K / 32, stages = K / 256, rounded up. A block has
+    16 features, and KW warps that share K. APART: a thread's two loads of weights lie 64 bytes apart, and s_ptr is int16
+    [N, 8 stages]. TAIL: K is no multiple of 256; APART, too.
     """
     gl.static_assert(APART or not TAIL)
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
@@ -103,15 +103,12 @@ def gemm_few(
     # With a tail a load's own 32 codes count, not the step that they are of.
     if TAIL:
         at_w = k_w * 32 + column_w
-        at_s = k_s * S + column_s
         at_x = k_x * 256 + column_x
         w_inside = every_w & (at_w < pieces * 4)
-        s_inside = every_s & (at_s < pieces)
     else:
         w_inside = every_w & (k_w < stages)
-        s_inside = every_s & (k_s < stages)
     w = gl.load(w_pointers, mask=w_inside, other=0)
-    s = gl.load(s_pointers, mask=s_inside, other=0)
+    s = gl.load(s_pointers, mask=every_s & (k_s < stages), other=0)
     # The first weights are on their way while the kernel before this one, which x may come from, still runs.
     wait_for_previous_kernel()
     acc = gl.zeros([KW, BN, BM], gl.float32, ACC)
@@ -122,19 +119,19 @@ def gemm_few(
     for turn in range(turns):
         for odd in gl.static_range(2):
             ahead = step + KW
-            end = pieces if TAIL else stages
+            end = stages
+            end_pieces = pieces
             if odd == 1:
-                end = gl.where(turn < turns - 1, end, 0)
+                end = gl.where(turn < turns - 1, stages, 0)
+                end_pieces = gl.where(turn < turns - 1, pieces, 0)
             if TAIL:
-                w_inside = every_w & (at_w < end * 4 - ahead * 32)
-                s_inside = every_s & (at_s < end - ahead * S)
+                w_inside = every_w & (at_w < end_pieces * 4 - ahead * 32)
                 x_inside = x_valid & (at_x < pieces * 32 - step * 256)
             else:
                 w_inside = every_w & (ahead + k_w < end)
-                s_inside = every_s & (ahead + k_s < end)
                 x_inside = x_valid & (step + k_x < stages)
             w_next = gl.load(w_pointers + ahead * 32, mask=w_inside, other=0)
-            s_next = gl.load(s_pointers + ahead * S, mask=s_inside, other=0)
+            s_next = gl.load(s_pointers + ahead * S, mask=every_s & (ahead + k_s < end), other=0)
             x = gl.load(x_pointers + step * 256, mask=x_inside, other=0.0)
             step = ahead
             if APART:  # m load t word h j1 j0 -> load word j1 j0 t h m
