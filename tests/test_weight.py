@@ -205,3 +205,6 @@ def test_scale_rows_for_bulk_copies() -> None:
     part = align_scale_rows(whole[:, :24])
     assert part.stride() == (32, 1)
     assert not part.as_strided((5, 32), (32, 1)).view(torch.uint8)[:, 24:].any()
+    # As close as padded rows, but the last one ends with the memory.
+    short = align_scale_rows(torch.empty_strided((4, 24), (32, 1), dtype=torch.float8_e4m3fn))
+    assert short.untyped_storage().nbytes() >= 4 * 32

@@ -46,13 +46,16 @@ def ceil_to(value: int, multiple: int) -> int:
 def align_scale_rows(scales: torch.Tensor) -> torch.Tensor:
     """Scales [..., N, K/16] such that every row begins at a multiple of 16 bytes, as bulk copies on a GPU ask for.
 
-    The same tensor where that is so, else a view of a copy that has zeros behind each row.
+    The same tensor where that is so, else a view of a copy that has zeros behind each row. Kernels may read what lies behind a
+    row, up to the next multiple of 16, together with codes that are zero.
     """
     rows, width = scales.shape[-2:]
     *expert_stride, row_stride, stride = scales.stride()
     even = all(apart == rows * row_stride for apart in expert_stride)
-    # Rows that are no multiple of 16 bytes are taken for such a view if they lie as close as in one.
-    aligned = row_stride % 16 == 0 if width % 16 == 0 else row_stride == ceil_to(width, 16)
+    aligned = row_stride % 16 == 0
+    if width % 16:  # such a view, and all of its rows lie within their memory
+        end = scales.storage_offset() + scales.numel() // width * row_stride
+        aligned = row_stride == ceil_to(width, 16) and end <= scales.untyped_storage().nbytes()
     if stride == 1 and aligned and even and scales.data_ptr() % 16 == 0:
         return scales
     # Copies and fills of 8-bit floats are not there on every device.

@@ -151,6 +151,22 @@ def test_every_hopper_gemm(mode: str, m: int, kernel: str, parameters: dict[str,
     assert torch.equal(outs[0], outs[1])  # split-K adds up in a fixed order
 
 
+@pytest.mark.parametrize("k", [32, 96, 1408, 2080, 4064])
+@pytest.mark.parametrize(("warps", "m"), [(2, 1), (4, 8), (8, 3)])
+def test_few_rows_of_a_k_with_a_tail(k: int, warps: int, m: int) -> None:
+    assert arch() == 90, "this GEMM is Hopper's"
+    n = 100
+    x, w = torch.randn(m, k).bfloat16(), weight(n, k, per_row=True)
+    g = on_gpu(w)
+    # NaN behind the rows of x, which the last step reaches into.
+    rows = torch.full((m, k + 256), float("nan"), dtype=torch.bfloat16, device="cuda")
+    rows[:, :k] = x
+    out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+    plan = gpu.Plan("few", {"warps": warps, "apart": 0})
+    gpu.run(plan, rows[:, :k], g.data, g.scales, g.row_scale(), out, "none", None, None, None)
+    check(out, exact(x, w, "none", None), "none", k)
+
+
 FULL = (33792, 1536)  # 64 features for four blocks on each of 132 processors
 
 

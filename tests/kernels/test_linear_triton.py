@@ -174,6 +174,16 @@ def test_rows_that_the_user_measured_go_before_shipped_ones(on_device) -> None:
         assert {"kernel": plan.kernel, **plan.parameters} == shipped
 
 
+def assert_fits(kernel: str, parameters: dict[str, Any], mode: str) -> None:
+    """As many blocks of gemm_decode as shall lie beside each other have room in a Hopper's shared memory."""
+    if kernel == "decode":
+        features, groups = 16 * parameters["warps"], parameters["groups"]
+        stage = parameters["bm"] * 256 * (1 if mode == "fp8_per_token" else 2) + features * (128 + 16)
+        sums = parameters["bm"] * features * 4 if groups == 2 else 0
+        block = groups * parameters["stages"] * (stage + 16) + sums + 1024
+        assert parameters["resident"] * block <= 228 * 1024, parameters
+
+
 def test_every_shipped_entry_runs_somewhere() -> None:
     for path in gpu.shipped_table_path(H100).parent.glob("*.json"):
         table = json.loads(path.read_text())["linear"]
@@ -185,9 +195,10 @@ def test_every_shipped_entry_runs_somewhere() -> None:
                 assert (shape in table["auto"]) == ("1" in table["none"].get(shape, {}))
                 for m, entry in entries.items():
                     assert entry["kernel"] in ("few", "decode", "medium", "large", "widen")
-                    assert k // 256 >= entry.get("split", 1) * entry.get("groups", 1)
+                    assert gpu.stages_of(k) >= entry.get("split", 1) * entry.get("groups", 1)
                     assert entry["kernel"] != "few" or int(m) <= 8
-                    assert entry["kernel"] != "decode" or int(m) <= (4 * entry["bm"] if entry["bm"] >= 64 else entry["bm"])
+                    assert entry["kernel"] != "decode" or int(m) <= entry["bm"] or entry["bm"] >= 64
+                    assert_fits(entry["kernel"], entry, mode)
 
 
 @pytest.mark.parametrize("mode", ["none", "fp8_per_token", "nvfp4_per_token", "nvfp4_per_tensor"])
@@ -199,6 +210,7 @@ def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) 
         assert plan.reason
         assert gpu.stages_of(k) >= plan.parameters.get("split", 1) * plan.parameters.get("groups", 1)
         assert k % {"large": 128}.get(plan.kernel, 32) == 0
+        assert_fits(plan.kernel, plan.parameters, mode)
         assert plan.kernel != "few" or (m <= 8 and mode != "fp8_per_token")
         assert plan.kernel != "decode" or min(m, 64) <= plan.parameters["bm"] <= 128
         assert plan.kernel != "widen" or (mode == "fp8_per_token" and dtype == torch.bfloat16 and n % 16 == 0)
@@ -243,19 +255,31 @@ def test_first_fp8() -> None:
     assert tuning._first_fp8(none, {"1": 9.8, "8": 9.8, "16": 9.8}) == 17
 
 
-def test_plans_close_to_the_fastest_are_measured_hot() -> None:
-    a, b, c = (gpu.Plan(name) for name in "abc")
+def test_plans_close_to_the_fastest_are_measured_hot(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [gpu.Plan(name) for name in ("broken", "a", "b", "c")]
+    cold, hot = {"a": 10.0, "b": 10.5, "c": 11.0}, {"a": 12.0, "b": 11.0}
     asked: list[tuple[str, float]] = []
+    monkeypatch.setattr(tuning, "calls", lambda plan, mode, m, weights: [plan.kernel])
 
-    def seconds_of(plan: gpu.Plan, warm_up: float) -> float:
-        asked.append((plan.kernel, warm_up))
-        return {"a": 12.0, "b": 11.0}[plan.kernel]
+    def time_calls(calls: list[Any], warm_up: float) -> float:
+        asked.append((calls[0], warm_up))
+        return (cold if warm_up < 0.3 else hot)[calls[0]]
 
-    assert tuning._measured_hot([(10.0, a), (10.5, b), (11.0, c)], seconds_of) == [(12.0, a), (11.0, b)]
-    assert [kernel for kernel, _ in asked] == ["a", "b"]
-    assert asked[0][1] > asked[1][1] > 0.3  # the first heats the card
-    assert tuning._measured_hot([(10.0, a), (11.0, c)], seconds_of) == [(10.0, a), (11.0, c)]
-    assert len(asked) == 2
+    def measured(m: int, plans: list[gpu.Plan]) -> list[tuple[float, str]]:
+        asked.clear()
+        found = tuning._measured(
+            plans, "none", m, [(torch.zeros(4, 16), torch.zeros(0), torch.zeros(0))], time_calls, said.append
+        )
+        return [(seconds, plan.kernel) for seconds, plan in found]
+
+    said: list[str] = []
+    assert measured(64, plans) == [(10.0, "a"), (10.5, "b"), (11.0, "c")]
+    assert len(said) == 1
+    assert "4x32 M=64 none broken" in said[0]
+    assert measured(512, plans) == [(12.0, "a"), (11.0, "b")]
+    assert [name for name, _ in asked] == ["broken", "a", "b", "c", "a", "b"]
+    assert asked[-2][1] > asked[-1][1]  # the first heats the card
+    assert measured(512, plans[:1]) == []
 
 
 def test_tiles_of_128_tokens_where_they_fill_the_card_once(on_device) -> None:

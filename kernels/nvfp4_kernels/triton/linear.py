@@ -237,7 +237,7 @@ def _rule_few(m: int, n: int, k: int, processors: int) -> Plan:
         warps = 8  # one turn
     else:
         warps = 4 if blocks * 4 >= processors * 9 or k <= 5120 else 8
-    apart = m > (4 if warps == 2 else 2) or k % K_STEP > 0  # else ptxas puts the loads of a K with a tail where they are used
+    apart = m > (4 if warps == 2 else 2)
     return Plan("few", {"warps": warps, "apart": int(apart)}, "a few rows are bound by the weights' bytes")
 
 
@@ -387,7 +387,7 @@ def _launch_few(
     m, k = x.shape
     n = data.shape[0]
     tail = k % K_STEP > 0
-    apart = tail or options["apart"] > 0
+    apart = tail or options["apart"] > 0  # else ptxas puts the loads of a K with a tail where they are used
     scales = scales.as_strided((n, stages_of(k) * 16), scales.stride())  # with what lies behind K
     scales = scales.view(torch.int16 if apart else torch.int32)
     launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +80,9 @@ def candidates(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]
     if m <= 512 and (fp8 or m >= 4 or k % linear.K_STEP):
         plans += _decode_plans(mode, m, n, k, processors)
     if m >= 128 or (m == 64 and not fp8):
-        plans += linear.tiled_plans(m, n, k, fp8, processors)[:6]
+        listed = [(plan.kernel, plan.parameters) for plan in plans]
+        tiled = linear.tiled_plans(m, n, k, fp8, processors)
+        plans += [plan for plan in tiled if (plan.kernel, plan.parameters) not in listed][:6]
     if fp8 and m >= 1024 and n % 16 == 0:
         plans.append(Plan("widen"))
     return plans
@@ -107,13 +110,13 @@ def calls(plan: Plan, mode: str, m: int, weights: Sequence[Weight]) -> list[Call
     return [call(*weight) for weight in weights]
 
 
-def _compile(job: tuple[Plan, str, int, int]) -> str | None:
-    plan, mode, m, index = job
+def _compile(job: tuple[Plan, str, int, int, int]) -> str | None:
+    plan, mode, m, tail, index = job
     device = torch.device("cuda", index)
     split = plan.parameters.get("split", 1)
     try:
         # K such that every size divides as it does in real layers: Triton compiles for that.
-        for call in calls(plan, mode, m, [operands(256, 1024 * split, device)]):
+        for call in calls(plan, mode, m, [operands(256, 1024 * split + tail, device)]):
             call()
         torch.cuda.synchronize(device)
     except Exception as error:  # a worker reports what it cannot build, the others go on
@@ -121,9 +124,12 @@ def _compile(job: tuple[Plan, str, int, int]) -> str | None:
     return None
 
 
-def compile_all(jobs: Iterable[tuple[Plan, str, int]], device: torch.device) -> list[str]:
-    """Compile the kernels of all plans into Triton's cache, in parallel processes; returns what failed."""
-    distinct = {(mode, plan.variant): (plan, mode, m, device.index or 0) for plan, mode, m in jobs}
+def compile_all(jobs: Iterable[tuple[Plan, str, int, int]], device: torch.device) -> list[str]:
+    """Compile the kernels of all jobs, see `jobs_of`, into Triton's cache, in parallel processes; returns what failed."""
+    distinct = {}
+    for plan, mode, m, k in jobs:
+        tail = k % linear.K_STEP
+        distinct[mode, plan.variant, tail > 0] = (plan, mode, m, tail, device.index or 0)
     processes = min(14, os.cpu_count() or 1, len(distinct))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return [message for message in pool.imap_unordered(_compile, distinct.values()) if message]
@@ -155,18 +161,7 @@ def tune(
         shape = f"{n}x{k}"
         weights = [operands(n, k, device) for _ in range(copies_of(n * k * 9 // 16))]
         for mode, m in itertools.product(MODES, ROWS):
-
-            def seconds_of(plan: Plan, warm_up: float, mode: str = mode, m: int = m, weights: list[Weight] = weights) -> float:
-                return time_calls(calls(plan, mode, m, weights), warm_up)
-
-            measured = []
-            for plan in candidates(mode, m, n, k, processors):
-                try:
-                    measured.append((seconds_of(plan, _QUICK), plan))
-                except Exception as error:  # a plan that does not run is left out, and said
-                    log(f"{shape} M={m} {mode} {plan.kernel} {plan.parameters}: {type(error).__name__}: {error}")
-            if measured and m >= _HOT_ROWS:
-                measured = _measured_hot(measured, seconds_of)
+            measured = _measured(candidates(mode, m, n, k, processors), mode, m, weights, time_calls, log)
             if measured:
                 # The last entry serves all larger M, too, where widening pays more: it wins a tie there.
                 tie = 0.97 if m == ROWS[-1] else 1.0
@@ -178,19 +173,36 @@ def tune(
     return {"device": name, "linear": table, "us": times}
 
 
-def _measured_hot(measured: list[tuple[float, Plan]], seconds_of: Callable[[Plan, float], float]) -> list[tuple[float, Plan]]:
-    """The plans that are close to the fastest, (seconds, plan) each, with the clocks that the card settles at."""
-    fastest = min(seconds for seconds, _ in measured)
-    close = [plan for seconds, plan in measured if seconds <= _CLOSE * fastest]
-    if len(close) == 1:
-        return measured
-    return [(seconds_of(plan, _HOT if i else _HEATING), plan) for i, plan in enumerate(close)]
+def _measured(
+    plans: Sequence[Plan],
+    mode: str,
+    m: int,
+    weights: Sequence[Weight],
+    time_calls: Callable[[list[Call], float], float],
+    log: Callable[[str], None],
+) -> list[tuple[float, Plan]]:
+    """(seconds, plan) of the plans that run; of many rows those close to the fastest, with clocks that the card settles at."""
+
+    def seconds_of(plan: Plan, warm_up: float) -> float:
+        try:
+            return time_calls(calls(plan, mode, m, weights), warm_up)
+        except Exception as error:  # a plan that does not run is left out, and said
+            n, half = weights[0][0].shape
+            log(f"{n}x{2 * half} M={m} {mode} {plan.kernel} {plan.parameters}: {type(error).__name__}: {error}")
+            return math.inf
+
+    measured = [(seconds_of(plan, _QUICK), plan) for plan in plans]
+    if m >= _HOT_ROWS:
+        fastest = min((seconds for seconds, _ in measured), default=math.inf)
+        close = [plan for seconds, plan in measured if seconds <= _CLOSE * fastest < math.inf]
+        measured = [(seconds_of(plan, _HOT if i else _HEATING), plan) for i, plan in enumerate(close)]
+    return [(seconds, plan) for seconds, plan in measured if seconds < math.inf]
 
 
-def jobs_of(shapes: Sequence[tuple[int, int]], processors: int) -> list[tuple[Plan, str, int]]:
-    """(plan, mode, M) of everything that `tune` measures."""
+def jobs_of(shapes: Sequence[tuple[int, int]], processors: int) -> list[tuple[Plan, str, int, int]]:
+    """(plan, mode, M, K) of everything that `tune` measures."""
     points = itertools.product(shapes, MODES, ROWS)
-    return [(plan, mode, m) for (n, k), mode, m in points for plan in candidates(mode, m, n, k, processors)]
+    return [(plan, mode, m, k) for (n, k), mode, m in points for plan in candidates(mode, m, n, k, processors)]
 
 
 def _first_fp8(none: dict[str, float], fp8: dict[str, float]) -> int:
