@@ -388,7 +388,8 @@ def _launch_few(
     n = data.shape[0]
     tail = k % K_STEP > 0
     apart = tail or options["apart"] > 0  # else ptxas puts the loads of a K with a tail where they are used
-    scales = scales.as_strided((n, stages_of(k) * 16), scales.stride())  # with what lies behind K
+    if tail:
+        scales = scales.as_strided((n, stages_of(k) * 16), scales.stride())  # with what lies behind K
     scales = scales.view(torch.int16 if apart else torch.int32)
     launch(
         gemm_few, (cdiv(n, 16),),
