@@ -125,6 +125,7 @@ _DECODE_TILES = {
         _DecodeTile(8, 1, 2, 2, 0),
     ),
 }
+# The parameters of Hopper's GEMMs.
 _PARAMETERS: dict[str, set[str]] = {
     "few": {"warps", "apart"},
     "decode": {"bm", "warps", "groups", "stages", "resident", "split"},
@@ -241,9 +242,9 @@ def _rule_few(m: int, n: int, k: int, processors: int) -> Plan:
     return Plan("few", {"warps": warps, "apart": int(apart)}, "a few rows are bound by the weights' bytes")
 
 
-def rows_of_decode_tile(m: int) -> int:
-    """Tokens of a gemm_decode tile for m of them."""
-    return min(64, max(8, next_power_of_2(m)))
+def rows_of_decode_tiles(m: int) -> tuple[int, ...]:
+    """Tokens that the tiles of gemm_decode may have for m of them."""
+    return (64, 128) if m > 64 else (max(8, next_power_of_2(m)),)
 
 
 def most_shares(k: int) -> int:
@@ -252,7 +253,7 @@ def most_shares(k: int) -> int:
 
 
 def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
-    bm = rows_of_decode_tile(m)
+    (bm,) = rows_of_decode_tiles(m)
     for tile in _DECODE_TILES[bm, fp8]:
         tiles = cdiv(n, 16 * tile.warps) * cdiv(m, bm)
         blocks = processors * tile.resident
@@ -297,7 +298,7 @@ def _tiles_of_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> list
     """(microseconds, "decode", tile) where the tiles are so few that all their blocks run at once."""
     stages = stages_of(k)
     found = []
-    for bm in (64, 128):
+    for bm in rows_of_decode_tiles(m):
         tiles = cdiv(n, 64) * cdiv(m, bm)
         beside = cdiv(tiles, processors)
         if (bm, fp8, beside) not in _DECODE_BESIDE or stages == 1:
@@ -537,7 +538,7 @@ def run(
 ) -> torch.Tensor:
     """`linear` by a given plan, into out."""
     wgmma = chosen.kernel in ("decode", "medium", "large")
-    scales = align_scale_rows(scales) if wgmma or chosen.kernel in ("few", "widen") else scales.contiguous()
+    scales = align_scale_rows(scales) if chosen.kernel in _PARAMETERS else scales.contiguous()
     token_scale: torch.Tensor | None = None
     fold: torch.Tensor | None = None
     if activation != "fp8_per_token":

@@ -59,10 +59,13 @@ def _splits(k: int, tiles: int, groups: int, blocks: int) -> list[int]:
 
 def _decode_plans(mode: str, m: int, n: int, k: int, processors: int) -> list[Plan]:
     plans = []
-    tiles_of = {linear.rows_of_decode_tile(m)} | ({128} if m > 64 else set())
     for bm, warps, groups, stages, resident in _DECODE_TILES[mode]:
         tiles = cdiv(n, 16 * warps) * cdiv(m, bm)
-        if bm not in tiles_of or groups > linear.stages_of(k) or (m > 256 and (bm == 64 or tiles > processors * resident)):
+        if (
+            bm not in linear.rows_of_decode_tiles(m)
+            or groups > linear.stages_of(k)
+            or (m > 256 and (bm == 64 or tiles > processors * resident))
+        ):
             continue
         tile = {"bm": bm, "warps": warps, "groups": groups, "stages": stages, "resident": resident}
         for split in _splits(k, tiles, groups, processors * resident):
