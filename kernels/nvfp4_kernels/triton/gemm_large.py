@@ -23,6 +23,11 @@ from .hopper import (
     GROUP_WORDS,
     add_parts,
     decode_part,
+    give_part,
+    helped_share_of,
+    helped_units,
+    lent_part,
+    lent_parts,
     load_fold,
     load_scales,
     load_x,
@@ -30,6 +35,7 @@ from .hopper import (
     retire_products,
     share_of,
     store_tile,
+    take_parts,
 )
 
 
@@ -46,6 +52,16 @@ def _load_weights(w_desc, s_desc, words, scales, full, n0, k, slot, pred):
 def _operand(words, scales, slot, chunk: gl.constexpr):
     """A group's words [64, 16] and scale pairs [64, 4] of 128 values of K."""
     return words.index(slot * 2 + chunk).load(GROUP_WORDS), scales.index(slot).slice(4 * chunk, 4, dim=1).load(GROUP_PAIRS)
+
+
+@gluon.jit
+def _unit_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP: gl.constexpr, REDUCE: gl.constexpr):
+    """(n, m, first stage, stages) of a unit of work."""
+    if REDUCE == 2:
+        n, m, first, count = helped_share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP)
+    else:
+        n, m, first, count = share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE == 1)
+    return n, m, first, count
 
 
 @gluon.jit
@@ -102,7 +118,7 @@ def _group(
     stride = gl.num_programs(0)
     # The copies of weights run ahead of the products, across units.
     w_unit = gl.program_id(0)
-    next_n, next_m, next_k, next_count = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+    next_n, next_m, next_k, next_count = _unit_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
     w_tile = next_n
     w_k = next_k
     w_left = next_count
@@ -112,7 +128,7 @@ def _group(
         w_left -= 1
         if w_left == 0:
             w_unit += stride
-            w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+            w_tile, _, w_k, w_left = _unit_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
     next_fold = gl.full([BN], 1.0, gl.float32, gl.SliceLayout(1, GROUP_PAIRS))
     if FP8:
         next_fold = load_fold(fold_ptr, next_n * 2 * BN + HALF * BN, N, BN, GROUP_PAIRS)
@@ -130,14 +146,16 @@ def _group(
         m0 = next_m * BM
         x_k = next_k * PER_WEIGHT_STAGE + HALF
         count = next_count
-        whole_tile = True
-        if REDUCE:
-            whole_tile = unit < whole
+        writes = True  # this block alone writes the tile
+        if REDUCE == 1:
+            writes = unit < whole
+        if REDUCE == 2:
+            writes = (unit < whole) | (next_k == 0)
         fold = None
         if FP8:
             fold = pairs_of_fold(next_fold, GROUP_PAIRS)
         if unit + stride < units:
-            next_n, next_m, next_k, next_count = share_of(unit + stride, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+            next_n, next_m, next_k, next_count = _unit_of(unit + stride, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
             if FP8:
                 next_fold = load_fold(fold_ptr, next_n * 2 * BN + HALF * BN, N, BN, GROUP_PAIRS)
         tile_scales = None
@@ -146,8 +164,8 @@ def _group(
             rows = N
             columns = M
             if REDUCE:
-                rows = gl.where(whole_tile, N, 0)
-                columns = gl.where(whole_tile, M, 0)
+                rows = gl.where(writes, N, 0)
+                columns = gl.where(writes, M, 0)
             tile_scales = load_scales(
                 n0, m0, rows, columns, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride, token_stride, ACC, FP8, TOKEN, BIAS
             )
@@ -176,20 +194,30 @@ def _group(
             w_left -= 1
             if w_left == 0:
                 w_unit += stride
-                w_tile, _, w_k, w_left = share_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
+                w_tile, _, w_k, w_left = _unit_of(w_unit, whole, split, stages, n_tiles, m_tiles, GROUP, REDUCE)
             w_slot = next_w_slot
             w_phase = next_w_phase
         acc = warpgroup_mma_wait(0, deps=[token])
         thread_barrier()
         mbarrier.arrive(x_empty.index(2 * (pair ^ 1) + 1), count=1)
 
-        if whole_tile:
+        if writes:
+            if REDUCE == 2:
+                rest, place, parts = lent_parts(split, whole, n_tiles * m_tiles)
+                parts = gl.where(unit < whole, 0, parts)
+                at = partial_ptr + (place * 2 + HALF).to(gl.int64) * (BN * BM)
+                acc = take_parts(acc, at, 2 * BN * BM, count_ptr, rest * 2 + HALF, parts)
             store_tile(
                 acc, tile_scales, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
                 token_stride, FP8, TOKEN, BIAS, BULK_STORE,
             )  # fmt: skip
-        if REDUCE:  # noqa: SIM102
-            if not whole_tile:
+        if REDUCE == 2:  # noqa: SIM102
+            if not writes:
+                rest, place = lent_part(unit, whole, split, n_tiles * m_tiles)
+                at = partial_ptr + (place * 2 + HALF).to(gl.int64) * (BN * BM)
+                give_part(acc, at, count_ptr, rest * 2 + HALF)
+        if REDUCE == 1:  # noqa: SIM102
+            if not writes:
                 rest = unit - whole
                 add_parts(
                     acc, partial_ptr, count_ptr, rest // split * 2 + HALF, rest % split, split, n0, m0, out_desc, staging,
@@ -211,9 +239,11 @@ def gemm_large(
 
     w_desc int32 [K/128, N, 16] in boxes [2, 64, 16], s_desc int16 [N, K/32] in boxes [64, 8], x_desc [M, K] in the permuted
     order of hopper.py in boxes [BM, 128 bytes], out_desc in boxes [BM / 8, 64] with BULK_STORE; stages = K / 256, rounded up.
-    The first `whole` tiles are a unit of work each. With REDUCE the K of each tile behind them is shared by `split` units,
+    The first `whole` tiles are a unit of work each. With REDUCE 1 the K of each tile behind them is shared by `split` units,
     which differ by one stage at most, see `add_parts`; no block has more than one of these. partial: fp32 [(tiles - whole) *
-    split * 128 * BM], count: int32 zeros [4 * (tiles - whole)]. Launched with four warps; four more are started here.
+    split * 128 * BM], count: int32 zeros [4 * (tiles - whole)]. With REDUCE 2 each of these tiles lends `split` stages to
+    blocks without one, see `helped_share_of`; partial: fp32 [blocks * 128 * BM]. Launched with four warps; four more are
+    started here.
     """
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     X_STAGES: gl.constexpr = 4  # two of each parity
@@ -242,8 +272,10 @@ def gemm_large(
     fence_async_shared()
     thread_barrier()
     units = gl.cdiv(N, 128) * gl.cdiv(M, BM)
-    if REDUCE:
+    if REDUCE == 1:
         units = whole + (units - whole) * split
+    if REDUCE == 2:
+        units = helped_units(whole, split, units)
     gl.warp_specialize(
         [
             (_group, (
