@@ -189,13 +189,17 @@ def test_every_shipped_entry_runs_somewhere() -> None:
         table = json.loads(path.read_text())["linear"]
         for mode in tuning.MODES:
             for shape, entries in table[mode].items():
-                k = int(shape.partition("x")[2])
+                n, k = map(int, shape.split("x"))
                 assert hopper_problem(k) is None
                 # "auto" is known where few rows were measured.
                 assert (shape in table["auto"]) == ("1" in table["none"].get(shape, {}))
                 for m, entry in entries.items():
                     assert entry["kernel"] in ("few", "decode", "medium", "large", "widen")
                     assert gpu.stages_of(k) >= entry.get("split", 1) * entry.get("groups", 1)
+                    if entry.get("split") == 0:
+                        tiles = gpu.cdiv(n, 128) * gpu.cdiv(int(m), entry["bm"])
+                        assert entry["kernel"] == "large"
+                        assert gpu.lent_stages(tiles, gpu.stages_of(k), mode == "fp8_per_token", 132) > 0
                     assert entry["kernel"] != "few" or int(m) <= 8
                     assert entry["kernel"] != "decode" or int(m) <= entry["bm"] or entry["bm"] >= 64
                     assert_fits(entry["kernel"], entry, mode)

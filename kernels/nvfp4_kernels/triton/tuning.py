@@ -120,7 +120,7 @@ def _compile(job: tuple[Plan, str, int, int, int]) -> str | None:
     device = torch.device("cuda", index)
     split = plan.parameters.get("split", 1)
     # K such that every size divides as it does in real layers, Triton compiles for that; and tiles that can be helped.
-    n, k = (256, 1024 * split + tail) if split else (5120, 4096 + tail)
+    n, k = (256, 1024 * split + tail) if split else (5120, 8192 + tail)
     try:
         for call in calls(plan, mode, m, [operands(n, k, device)]):
             call()
