@@ -197,9 +197,7 @@ def test_every_shipped_entry_runs_somewhere() -> None:
                     assert entry["kernel"] in ("few", "decode", "medium", "large", "widen")
                     assert gpu.stages_of(k) >= entry.get("split", 1) * entry.get("groups", 1)
                     if entry.get("split") == 0:
-                        tiles = gpu.cdiv(n, 128) * gpu.cdiv(int(m), entry["bm"])
-                        assert entry["kernel"] == "large"
-                        assert gpu.lent_stages(tiles, gpu.stages_of(k), mode == "fp8_per_token", 132) > 0
+                        assert gpu._shares(entry["kernel"], entry, int(m), n, k, mode == "fp8_per_token", 132)[1] > 0
                     assert entry["kernel"] != "few" or int(m) <= 8
                     assert entry["kernel"] != "decode" or int(m) <= entry["bm"] or entry["bm"] >= 64
                     assert_fits(entry["kernel"], entry, mode)
@@ -221,15 +219,22 @@ def test_rules_hold_for_any_shape(on_device, mode: str, m: int, n: int, k: int) 
 
 
 @pytest.mark.parametrize("mode", ["none", "fp8_per_token", "auto"])
-@pytest.mark.parametrize(("n", "k"), [(3000, 1280), (7168, 4608), (21504, 2560), (4096, 4096)])
-def test_every_kernel_is_compiled_ahead(on_device, monkeypatch: pytest.MonkeyPatch, mode: str, n: int, k: int) -> None:
+@pytest.mark.parametrize(("n", "k"), [(3000, 1280), (7168, 4608), (21504, 2560), (4096, 4096), (12800, 5120)])
+@pytest.mark.parametrize(("name", "processors"), [(H100, 132), ("NVIDIA H200", 132), ("NVIDIA H20", 78)])
+def test_every_kernel_is_compiled_ahead(
+    on_device, monkeypatch: pytest.MonkeyPatch, name: str, processors: int, mode: str, n: int, k: int
+) -> None:
     """A warm-up of the rows that `rows_to_compile` names leaves no kernel of any number of rows to a request."""
-    device = on_device(H100, 90)
+    device = on_device(name, 90, processors)
     monkeypatch.setattr(dispatch, "arch_of", lambda device: 90)
 
     def variant(m: int) -> tuple[Any, ...]:
         resolved = dispatch.resolve_activation(mode, device, m, n, k)
-        return resolved, gpu.plan(device, resolved, m, n, k).variant
+        plan = gpu.plan(device, resolved, m, n, k)
+        if plan.kernel in ("medium", "large"):  # the plan says what is launched
+            split, lent = gpu._shares(plan.kernel, plan.parameters, m, n, k, resolved == "fp8_per_token", processors)
+            assert plan.parameters["split"] == (0 if lent else split)
+        return resolved, plan.variant
 
     rows = [*(1 << i for i in range(13)), *range(64, 16385, 64)]
     chosen = dispatch.rows_to_compile(device, mode, n, k, torch.bfloat16, rows)

@@ -22,7 +22,8 @@ def test_helped_tiles(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
     gl.minimum = lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
     gl.maximum = lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
     monkeypatch.setattr(hopper, "gl", gl)
-    for name in ("_lent_to", "tile_of", "helped_share_of", "helped_units", "lent_part", "lent_parts"):
+    inner = ("_helpers", "_lent_to", "_helped_tile", "tile_of")
+    for name in (*inner, "helped_share_of", "helped_units", "lent_part", "lent_parts"):
         monkeypatch.setattr(hopper, name, getattr(hopper, name).fn)
     for tiles, stages, lent in itertools.product((1, 2, 5, 6, 13, 80, 131, 133, 192, 213), (2, 5, 16, 57), (1, 2, 5, 20)):
         rest = tiles % blocks

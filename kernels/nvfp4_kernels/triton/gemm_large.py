@@ -160,7 +160,7 @@ def _group(
                 next_fold = load_fold(fold_ptr, next_n * 2 * BN + HALF * BN, N, BN, GROUP_PAIRS)
         tile_scales = None
         if BULK_STORE:
-            # Not for a share of a tile: it gets its own.
+            # Not for a part of a tile: it gets its own, or is another block's to scale.
             rows = N
             columns = M
             if REDUCE:
@@ -203,19 +203,19 @@ def _group(
 
         if writes:
             if REDUCE == 2:
-                rest, place, parts = lent_parts(split, whole, n_tiles * m_tiles)
+                tile, place, parts = lent_parts(split, whole, n_tiles * m_tiles)
                 parts = gl.where(unit < whole, 0, parts)
                 at = partial_ptr + (place * 2 + HALF).to(gl.int64) * (BN * BM)
-                acc = take_parts(acc, at, 2 * BN * BM, count_ptr, rest * 2 + HALF, parts)
+                acc = take_parts(acc, at, 2 * BN * BM, count_ptr + tile * 2 + HALF, parts)
             store_tile(
                 acc, tile_scales, n0, m0, out_desc, staging, out_ptr, N, M, fold_ptr, row_ptr, token_ptr, bias_ptr, row_stride,
                 token_stride, FP8, TOKEN, BIAS, BULK_STORE,
             )  # fmt: skip
         if REDUCE == 2:  # noqa: SIM102
             if not writes:
-                rest, place = lent_part(unit, whole, split, n_tiles * m_tiles)
+                tile, place = lent_part(unit, whole, split, n_tiles * m_tiles)
                 at = partial_ptr + (place * 2 + HALF).to(gl.int64) * (BN * BM)
-                give_part(acc, at, count_ptr, rest * 2 + HALF)
+                give_part(acc, at, count_ptr + tile * 2 + HALF)
         if REDUCE == 1:  # noqa: SIM102
             if not writes:
                 rest = unit - whole
@@ -242,8 +242,8 @@ def gemm_large(
     The first `whole` tiles are a unit of work each. With REDUCE 1 the K of each tile behind them is shared by `split` units,
     which differ by one stage at most, see `add_parts`; no block has more than one of these. partial: fp32 [(tiles - whole) *
     split * 128 * BM], count: int32 zeros [4 * (tiles - whole)]. With REDUCE 2 each of these tiles lends `split` stages to
-    blocks without one, see `helped_share_of`; partial: fp32 [blocks * 128 * BM]. Launched with four warps; four more are
-    started here.
+    blocks without one, see `helped_share_of`; partial: fp32 [blocks * 128 * BM], count: int32 zeros [2 * (tiles - whole)].
+    Launched with four warps; four more are started here.
     """
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     X_STAGES: gl.constexpr = 4  # two of each parity

@@ -285,10 +285,23 @@ def share_of(unit, whole, split, stages, n_tiles, m_tiles, GROUP: gl.constexpr, 
 
 
 @gluon.jit
-def _lent_to(block, lent, rest):
-    """[first, end) of what a helper has of the stages that `rest` tiles lend, `lent` each, counted in a row."""
-    helpers = gl.num_programs(0) - rest
-    return block * (rest * lent) // helpers, (block + 1) * (rest * lent) // helpers
+def _helpers(rest):
+    """How many blocks have none of the `rest` tiles of the last wave: the first ones."""
+    return gl.num_programs(0) - rest
+
+
+@gluon.jit
+def _lent_to(lent, rest):
+    """[first, end) of what this block, a helper, has of the stages that `rest` tiles lend, `lent` each, counted in a row."""
+    helpers = _helpers(rest)
+    return gl.program_id(0) * (rest * lent) // helpers, (gl.program_id(0) + 1) * (rest * lent) // helpers
+
+
+@gluon.jit
+def _helped_tile(unit, whole, lent, rest):
+    """The tile behind the whole ones that a unit of this block, a helper, is a part of."""
+    low, _ = _lent_to(lent, rest)
+    return low // lent + (unit - whole) // gl.num_programs(0)
 
 
 @gluon.jit
@@ -299,9 +312,9 @@ def helped_share_of(unit, whole, lent, stages, n_tiles, m_tiles, GROUP: gl.const
     they come first, as they are waited for.
     """
     rest = n_tiles * m_tiles - whole
-    own = gl.program_id(0) - (gl.num_programs(0) - rest)  # of a helper below 0
-    low, high = _lent_to(gl.program_id(0), lent, rest)
-    tile = gl.where(own < 0, low // lent + (unit - whole) // gl.num_programs(0), own)
+    own = gl.program_id(0) - _helpers(rest)  # of a helper below 0
+    low, high = _lent_to(lent, rest)
+    tile = gl.where(own < 0, _helped_tile(unit, whole, lent, rest), own)
     begin = gl.maximum(low, tile * lent)
     first = gl.where(own < 0, stages - lent + begin - tile * lent, 0)
     count = gl.where(own < 0, gl.minimum(high, (tile + 1) * lent) - begin, stages - lent)
@@ -311,18 +324,17 @@ def helped_share_of(unit, whole, lent, stages, n_tiles, m_tiles, GROUP: gl.const
 
 @gluon.jit
 def helped_units(whole, lent, tiles):
-    """One more than the last unit of work of this block, see `helped_share_of`; they are as far apart as there are blocks."""
+    """An end of this block's units of work, see `helped_share_of`; they are as far apart as there are blocks."""
     rest = tiles - whole
-    low, high = _lent_to(gl.program_id(0), lent, rest)
-    parts = gl.where(gl.program_id(0) < gl.num_programs(0) - rest, (high - 1) // lent - low // lent + 1, 1)
+    low, high = _lent_to(lent, rest)
+    parts = gl.where(gl.program_id(0) < _helpers(rest), (high - 1) // lent - low // lent + 1, 1)
     return whole + parts * gl.num_programs(0)
 
 
 @gluon.jit
 def lent_part(unit, whole, lent, tiles):
     """(tile behind the whole ones, place of the part's sums) of a helper's unit."""
-    low, _ = _lent_to(gl.program_id(0), lent, tiles - whole)
-    tile = low // lent + (unit - whole) // gl.num_programs(0)
+    tile = _helped_tile(unit, whole, lent, tiles - whole)
     return tile, gl.program_id(0) + tile  # from one part to the next the block, the tile or both go up
 
 
@@ -330,7 +342,7 @@ def lent_part(unit, whole, lent, tiles):
 def lent_parts(lent, whole, tiles):
     """(tile behind the whole ones, place of the first part's sums, parts) of what this block's tile has lent."""
     rest = tiles - whole
-    helpers = gl.num_programs(0) - rest
+    helpers = _helpers(rest)
     tile = gl.program_id(0) - helpers
     first = ((tile * lent + 1) * helpers - 1) // (rest * lent)
     last = ((tile + 1) * lent * helpers - 1) // (rest * lent)
@@ -338,29 +350,29 @@ def lent_parts(lent, whole, tiles):
 
 
 @gluon.jit
-def give_part(acc, partial_ptr, count_ptr, tile):
-    """Store acc [BN, BM], a part of the sums of `tile`, at partial_ptr, for `take_parts`."""
+def give_part(acc, partial_ptr, counter_ptr):
+    """Store acc [BN, BM], a part of a tile's sums, at partial_ptr, for `take_parts`."""
     BN: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
     gl.store(partial_ptr + gl.arange(0, BN * BM, part_layout(BM, BN // 16)), flat_of(acc, BN, BM, BN // 16))
     thread_barrier()
-    gl.atomic_add(count_ptr + tile, 1, sem="acq_rel")
+    gl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
 
 @gluon.jit
-def take_parts(acc, partial_ptr, stride, count_ptr, tile, parts):
-    """acc [BN, BM] and the `parts` other parts of the sums of `tile`, when they are there; `stride` values lie between them.
+def take_parts(acc, partial_ptr, stride, counter_ptr, parts):
+    """acc [BN, BM] and the `parts` other parts of its tile's sums, when they are there; `stride` values lie between them.
 
-    The tile's counter is 0 again afterwards.
+    The counter is 0 again afterwards.
     """
     BN: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
     ACC: gl.constexpr = acc.type.layout
     if parts > 0:
-        stored = gl.atomic_add(count_ptr + tile, 0, sem="acquire")
+        stored = gl.atomic_add(counter_ptr, 0, sem="acquire")
         while stored < parts:
-            stored = gl.atomic_add(count_ptr + tile, 0, sem="acquire")
-        gl.store(count_ptr + tile, 0)
+            stored = gl.atomic_add(counter_ptr, 0, sem="acquire")
+        gl.store(counter_ptr, 0)
     flat = flat_of(acc, BN, BM, BN // 16)
     part_ptr = partial_ptr + gl.arange(0, BN * BM, part_layout(BM, BN // 16))
     for _part in range(parts):

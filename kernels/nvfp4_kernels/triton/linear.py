@@ -55,8 +55,10 @@ _COSTS = {
     ("medium", 128, False): (1.67, 0.96, 4.3, 1.04),
     ("large", 256, False): (2.72, 3.0, 3.0, 1.9),
 }
-# What it costs gemm_large that tiles are helped. With it the better plan is named in 41 cases, or one 0.1 % slower in the mean.
+# The same for tiles that are helped (`lent_stages`), whatever they lend: an H200, 41 cases, one to five helpers a tile. What is
+# named first takes 0.1 % longer than the better plan in the mean.
 _HELP_COST = 13.0
+_MOST_HELPERS = 8  # of a tile; with 15, on an H200, ordinary shares were faster
 # The same of gemm_decode in several tiles, by their tokens and whether it multiplies e4m3; blocks beside each other on a
 # processor take as long as one by one. A fit to 46 shapes, of tiles of 128 tokens to 12.
 _DECODE_COSTS = {
@@ -278,11 +280,20 @@ def lent_stages(tiles: int, stages: int, fp8: bool, processors: int) -> int:
     """How many of its stages each tile of the last wave lends to the processors that have none: gemm_large's split of 0.
 
     All would have equally many, but each part costs a helper its sums: a tile keeps one stage more, in e4m3 two. 0 where not
-    every helper would get one.
+    every helper would get one, or a tile too many helpers.
     """
     rest = tiles % processors
+    helpers = processors - rest
     lent = stages - cdiv(rest * stages, processors) - (2 if fp8 else 1)
-    return lent if rest and rest * lent >= processors - rest else 0
+    return lent if helpers <= rest * min(lent, _MOST_HELPERS) else 0
+
+
+def _shares(kernel: str, tile: dict[str, int], m: int, n: int, k: int, fp8: bool, processors: int) -> tuple[int, int]:
+    """(shares of K, stages lent) of gemm_medium's or gemm_large's tiles of the last wave: what a plan's split comes to here."""
+    tiles, stages, split = cdiv(n, _TILE_N) * cdiv(m, tile["bm"]), stages_of(k), tile["split"]
+    rest = tiles % processors
+    lent = lent_stages(tiles, stages, fp8, processors) if kernel == "large" and split == 0 else 0
+    return max(1, min(split, stages, processors // rest)) if rest else 1, lent
 
 
 def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan]:
@@ -292,12 +303,11 @@ def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan
     for (kernel, bm, e4m3), (step, unit, add, part) in _COSTS.items():
         if e4m3 != fp8 or (kernel == "large" and k % _CHUNK):
             continue
-        tiles = cdiv(n, _TILE_N) * cdiv(m, bm)
-        waves, rest = divmod(tiles, processors)
+        waves, rest = divmod(cdiv(n, _TILE_N) * cdiv(m, bm), processors)
         us = waves * (stages * step + unit)
-        lent = lent_stages(tiles, stages, fp8, processors) if kernel == "large" else 0
+        tile = {"bm": bm, "weight_stages": 3, "group": 8, "split": 0}
+        _, lent = _shares(kernel, tile, m, n, k, fp8, processors)
         if lent:
-            tile = {"bm": bm, "weight_stages": 3, "group": 8, "split": 0}
             found.append((us + (stages - lent) * step + unit + _HELP_COST, kernel, tile))
         # As many shares of a tile as let the last wave's tiles run all at once, or fewer.
         most = min(stages // 2, processors // rest, 12) if rest else 1
@@ -348,11 +358,15 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     if why:
         return Plan("portable", {}, why)
     measured = _measured(device, mode, m, n, k)
+    fp8 = mode == "fp8_per_token"
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
+        if measured.kernel in ("medium", "large"):
+            # What is launched for these rows, as `variant` shall say what is compiled.
+            split, lent = _shares(measured.kernel, measured.parameters, m, n, k, fp8, processors)
+            return replace(measured, parameters={**measured.parameters, "split": 0 if lent else split})
         return measured
     if m <= _rows_of_few(n, k) and mode != "fp8_per_token":
         return _rule_few(m, n, k, processors)
-    fp8 = mode == "fp8_per_token"
     if m <= 64:
         return _rule_decode(m, n, k, fp8, processors)
     if fp8 and m > (1536 if k % _CHUNK else 3072) and _widen_serves(n, dtype):
@@ -443,15 +457,12 @@ def _launch_wgmma(
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
     tiles = cdiv(n, bn) * cdiv(m, bm)
-    stages, split = k // K_STEP, options["split"]
-    whole = 0
-    lent = 0 if few or split else lent_stages(tiles, stages, fold is not None, processors)
+    stages, split, lent, whole = k // K_STEP, options["split"], 0, 0
     if not few:
         # Whole waves of tiles first: those of the last, partial wave alone share their K, or lend of it. Blocks that share a
-        # tile wait for each other, so none has two units of these.
-        rest = tiles % processors
-        split = max(1, min(split, stages, processors // rest)) if rest else 1
-        whole = tiles - rest if split > 1 or lent else tiles
+        # tile (split > 1) wait for each other, so none has two units of these.
+        split, lent = _shares(chosen.kernel, options, m, n, k, fold is not None, processors)
+        whole = tiles - tiles % processors if split > 1 or lent else tiles
     shares = processors if lent else (tiles - whole) * split
     count = (1 if few else 4) * (tiles - whole)  # of the large tiles, two for each half of the features
     partial, counters = split_k(x.device, shares * bn * bm, count) if split > 1 or lent else (None, None)

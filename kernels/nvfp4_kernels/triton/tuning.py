@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..devices import cuda_device
 from ..formats import align_scale_rows
 from . import linear
 from .launch import cdiv
@@ -118,9 +119,12 @@ def calls(plan: Plan, mode: str, m: int, weights: Sequence[Weight]) -> list[Call
 def _compile(job: tuple[Plan, str, int, int, int]) -> str | None:
     plan, mode, m, tail, index = job
     device = torch.device("cuda", index)
+    # Sizes that divide as those of real layers do, Triton compiles for that; and of which tiles share their K, or are helped.
     split = plan.parameters.get("split", 1)
-    # K such that every size divides as it does in real layers, Triton compiles for that; and tiles that can be helped.
-    n, k = (256, 1024 * split + tail) if split else (5120, 8192 + tail)
+    if split:
+        m, n, k = min(m, 512), 256, 1024 * split + tail
+    else:
+        m, n, k = 256, 128 * (cuda_device(index)[2] * 2 // 3), 8192 + tail
     try:
         for call in calls(plan, mode, m, [operands(n, k, device)]):
             call()
