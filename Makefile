@@ -14,6 +14,8 @@ MODEL ?=
 DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 PYTEST := $(BIN)/python -m pytest --durations=15
+# Engines wait more than they work; what compiles kernels uses every core by itself.
+PARALLEL := -n 2 --dist loadfile
 COMPILE_TESTS := $(sort $(wildcard tests/kernels/test*compile.py))
 # Kernels also have to compile on these versions of Triton, beside that of .venv, and to run in the interpreter of the last.
 TRITONS := 3.6.0 3.8.0 3.9.0
@@ -27,13 +29,13 @@ demo: $(INSTALLED)
 
 # Compilation has processes of its own: the kernels' other tests run them in Triton's interpreter, which is chosen on import.
 test: $(INSTALLED) $(TRITONS:%=.triton/%/.installed)
-	$(PYTEST) tests --ignore=tests/gpu --ignore=tests/vllm --ignore=tests/sglang $(COMPILE_TESTS:%=--ignore=%)
+	$(PYTEST) $(PARALLEL) tests --ignore=tests/gpu --ignore=tests/vllm --ignore=tests/sglang $(COMPILE_TESTS:%=--ignore=%)
 	$(PYTEST) $(COMPILE_TESTS)
 	set -e; for version in $(TRITONS); do \
 	  echo "Triton $$version"; PYTHONPATH=.triton/$$version $(PYTEST) $(COMPILE_TESTS); done
-	PYTHONPATH=.triton/$(lastword $(TRITONS)) $(PYTEST) tests/kernels $(COMPILE_TESTS:%=--ignore=%)
-	$(PYTEST) tests/vllm
-	$(PYTEST) tests/sglang
+	PYTHONPATH=.triton/$(lastword $(TRITONS)) $(PYTEST) $(PARALLEL) tests/kernels $(COMPILE_TESTS:%=--ignore=%)
+	$(PYTEST) $(PARALLEL) tests/vllm
+	$(PYTEST) $(PARALLEL) tests/sglang
 
 gpu-test: $(INSTALLED)
 	$(PYTEST) tests/gpu
