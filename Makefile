@@ -14,7 +14,7 @@ MODEL ?=
 DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 PYTEST := $(BIN)/python -m pytest --durations=15
-# Engines wait more than they work; what compiles kernels uses every core by itself.
+# Engines wait more than they work. What compiles kernels gains nothing by it on two cores.
 PARALLEL := -n 2 --dist loadfile
 COMPILE_TESTS := $(sort $(wildcard tests/kernels/test*compile.py))
 # Kernels also have to compile on these versions of Triton, beside that of .venv, and to run in the interpreter of the last.
