@@ -351,12 +351,12 @@ def lent_parts(lent, whole, tiles):
 
 @gluon.jit
 def give_part(acc, partial_ptr, counter_ptr):
-    """Store acc [BN, BM], a part of a tile's sums, at partial_ptr, for `take_parts`."""
+    """Store acc [BN, BM], a part of a tile's sums, at partial_ptr; how many parts were there before it."""
     BN: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
     gl.store(partial_ptr + gl.arange(0, BN * BM, part_layout(BM, BN // 16)), flat_of(acc, BN, BM, BN // 16))
     thread_barrier()
-    gl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    return gl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
 
 @gluon.jit
@@ -601,9 +601,7 @@ def sum_parts(acc, partial_ptr, count_ptr, tile, unit, split, BN: gl.constexpr, 
     FLAT: gl.constexpr = part_layout(BM, WARPS)
     flat = flat_of(acc, BN, BM, WARPS)
     offsets = gl.arange(0, BN * BM, FLAT)
-    gl.store(partial_ptr + unit.to(gl.int64) * (BN * BM) + offsets, flat)
-    thread_barrier()
-    last = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == split - 1
+    last = give_part(acc, partial_ptr + unit.to(gl.int64) * (BN * BM), count_ptr + tile) == split - 1
     if last:
         gl.store(count_ptr + tile, 0)
         part_ptr = partial_ptr + (tile * split).to(gl.int64) * (BN * BM) + offsets

@@ -55,8 +55,8 @@ _COSTS = {
     ("medium", 128, False): (1.67, 0.96, 4.3, 1.04),
     ("large", 256, False): (2.72, 3.0, 3.0, 1.9),
 }
-# The same for tiles that are helped (`lent_stages`), whatever they lend: an H200, 41 cases, one to five helpers a tile. What is
-# named first takes 0.1 % longer than the better plan in the mean.
+# The same for tiles that are helped (`_lent_stages`), whatever they lend: an H200, 41 cases, one to five helpers a tile. What
+# is named first takes 0.1 % longer than the better plan in the mean.
 _HELP_COST = 13.0
 _MOST_HELPERS = 8  # of a tile; with 15, on an H200, ordinary shares were faster
 # The same of gemm_decode in several tiles, by their tokens and whether it multiplies e4m3; blocks beside each other on a
@@ -210,7 +210,8 @@ def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan |
 
     Up to 128 rows it serves more than half of its own, from there on those that fill as many tiles.
     """
-    entries = _table(cuda_device(device.index or 0)[0]).get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
+    name, _, processors = cuda_device(device.index or 0)
+    entries = _table(name).get("none" if mode.startswith("nvfp4") else mode, {}).get(f"{n}x{k}")
     if not entries:
         return None
     rows = sorted(map(int, entries))
@@ -221,7 +222,12 @@ def _measured(device: torch.device, mode: str, m: int, n: int, k: int) -> Plan |
     if entry["kernel"] == "few" and m > _FEW_ROWS:
         return None
     parameters = dict(entry)
-    return Plan(parameters.pop("kernel"), parameters, f"measured on {origin} for {n} x {k} at M = {at}")
+    kernel = parameters.pop("kernel")
+    if kernel in ("medium", "large"):
+        # What is launched for these rows, as `variant` shall say what is compiled.
+        split, lent = _shares(kernel, parameters, m, n, k, mode == "fp8_per_token", processors)
+        parameters["split"] = 0 if lent else split
+    return Plan(kernel, parameters, f"measured on {origin} for {n} x {k} at M = {at}")
 
 
 def stages_of(k: int) -> int:
@@ -276,7 +282,7 @@ def _rule_decode(m: int, n: int, k: int, fp8: bool, processors: int) -> Plan:
     )
 
 
-def lent_stages(tiles: int, stages: int, fp8: bool, processors: int) -> int:
+def _lent_stages(tiles: int, stages: int, fp8: bool, processors: int) -> int:
     """How many of its stages each tile of the last wave lends to the processors that have none: gemm_large's split of 0.
 
     All would have equally many, but each part costs a helper its sums: a tile keeps one stage more, in e4m3 two. 0 where not
@@ -292,7 +298,7 @@ def _shares(kernel: str, tile: dict[str, int], m: int, n: int, k: int, fp8: bool
     """(shares of K, stages lent) of gemm_medium's or gemm_large's tiles of the last wave: what a plan's split comes to here."""
     tiles, stages, split = cdiv(n, _TILE_N) * cdiv(m, tile["bm"]), stages_of(k), tile["split"]
     rest = tiles % processors
-    lent = lent_stages(tiles, stages, fp8, processors) if kernel == "large" and split == 0 else 0
+    lent = _lent_stages(tiles, stages, fp8, processors) if kernel == "large" and split == 0 else 0
     return max(1, min(split, stages, processors // rest)) if rest else 1, lent
 
 
@@ -305,15 +311,15 @@ def tiled_plans(m: int, n: int, k: int, fp8: bool, processors: int) -> list[Plan
             continue
         waves, rest = divmod(cdiv(n, _TILE_N) * cdiv(m, bm), processors)
         us = waves * (stages * step + unit)
-        tile = {"bm": bm, "weight_stages": 3, "group": 8, "split": 0}
-        _, lent = _shares(kernel, tile, m, n, k, fp8, processors)
-        if lent:
-            found.append((us + (stages - lent) * step + unit + _HELP_COST, kernel, tile))
-        # As many shares of a tile as let the last wave's tiles run all at once, or fewer.
+        _, lent = _shares(kernel, {"bm": bm, "split": 0}, m, n, k, fp8, processors)
+        # As many shares of a tile as let the last wave's tiles run all at once, or fewer; or 0, where they are helped.
         most = min(stages // 2, processors // rest, 12) if rest else 1
-        for split in range(1, max(most, 1) + 1):
-            tail = cdiv(stages, split) * step + unit if rest else 0.0
-            sums = add + split * part if split > 1 else 0.0
+        for split in range(0 if lent else 1, max(most, 1) + 1):
+            if split:
+                share, sums = cdiv(stages, split), add + split * part if split > 1 else 0.0
+            else:
+                share, sums = stages - lent, _HELP_COST
+            tail = share * step + unit if rest else 0.0
             tile = {"bm": bm, "weight_stages": 3, "group": 8, "split": split}
             if kernel == "medium":
                 tile["x_stages"] = 6 if fp8 else 8
@@ -358,15 +364,11 @@ def plan(device: torch.device, mode: str, m: int, n: int, k: int, dtype: torch.d
     if why:
         return Plan("portable", {}, why)
     measured = _measured(device, mode, m, n, k)
-    fp8 = mode == "fp8_per_token"
     if measured is not None and (measured.kernel != "widen" or _widen_serves(n, dtype)):
-        if measured.kernel in ("medium", "large"):
-            # What is launched for these rows, as `variant` shall say what is compiled.
-            split, lent = _shares(measured.kernel, measured.parameters, m, n, k, fp8, processors)
-            return replace(measured, parameters={**measured.parameters, "split": 0 if lent else split})
         return measured
     if m <= _rows_of_few(n, k) and mode != "fp8_per_token":
         return _rule_few(m, n, k, processors)
+    fp8 = mode == "fp8_per_token"
     if m <= 64:
         return _rule_decode(m, n, k, fp8, processors)
     if fp8 and m > (1536 if k % _CHUNK else 3072) and _widen_serves(n, dtype):
@@ -457,15 +459,15 @@ def _launch_wgmma(
     few = chosen.kernel == "decode"
     bn = 16 * options["warps"] if few else _TILE_N
     tiles = cdiv(n, bn) * cdiv(m, bm)
-    stages, split, lent, whole = k // K_STEP, options["split"], 0, 0
-    if not few:
-        # Whole waves of tiles first: those of the last, partial wave alone share their K, or lend of it. Blocks that share a
-        # tile (split > 1) wait for each other, so none has two units of these.
-        split, lent = _shares(chosen.kernel, options, m, n, k, fold is not None, processors)
-        whole = tiles - tiles % processors if split > 1 or lent else tiles
+    stages = k // K_STEP
+    split, lent = (options["split"], 0) if few else _shares(chosen.kernel, options, m, n, k, fold is not None, processors)
+    reduce = 2 if lent else int(split > 1)
+    # Of large tiles whole waves first: those of the last, partial wave alone share their K, or lend of it. Blocks that share a
+    # tile (split > 1) wait for each other, so none has two units of these.
+    whole = 0 if few else tiles - (tiles % processors if reduce else 0)
     shares = processors if lent else (tiles - whole) * split
     count = (1 if few else 4) * (tiles - whole)  # of the large tiles, two for each half of the features
-    partial, counters = split_k(x.device, shares * bn * bm, count) if split > 1 or lent else (None, None)
+    partial, counters = split_k(x.device, shares * bn * bm, count) if reduce else (None, None)
     if few:
         from .gemm_decode import gemm_decode
         from .hopper import burst_of
@@ -495,10 +497,9 @@ def _launch_wgmma(
     )  # fmt: skip
     constants = {
         "BM": bm, "WEIGHT_STAGES": options["weight_stages"], "GROUP": options["group"], "TOKEN": token_scale is not None,
-        "BIAS": bias is not None, "REDUCE": 2 if lent else int(split > 1), "BULK_STORE": bulk,
-        "num_warps": 4, "launch_pdl": True,
+        "BIAS": bias is not None, "REDUCE": reduce, "BULK_STORE": bulk, "num_warps": 4, "launch_pdl": True,
     }  # fmt: skip
-    grid = (min(processors, whole + shares if split > 1 or lent else tiles),)
+    grid = (min(processors, whole + shares if reduce else tiles),)
     if chosen.kernel == "medium":
         constants["X_STAGES"] = options["x_stages"]
         words, pairs = descriptor(data, (bn, 16), torch.int32), descriptor(scales, (bn, 8), torch.int16)
