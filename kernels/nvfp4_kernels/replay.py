@@ -385,14 +385,19 @@ def _triton_runtime() -> Any:
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of positional arguments, the first a tensor, and of no other state, replayed from the third call on that has
-    the same shapes. It returns tensors that it made. On a CPU, or a GPU that is not the current one, it runs as it is written.
+    the same shapes. It returns tensors that it made. On a CPU it runs as it is written.
+
+    Its tensors' GPU is the current one within: Triton launches there, and nobody else sees to it for an op in Python.
     """
     programs: dict[tuple[Any, ...], Program | str] = {}
 
     def call(*args: Any) -> Any:
         x = args[0]
-        if not x.is_cuda or x.get_device() != torch._C._cuda_getDevice():
+        if not x.is_cuda:
             return function(*args)
+        if x.get_device() != torch._C._cuda_getDevice():
+            with torch.cuda.device(x.device):
+                return call(*args)
         hooks = _triton_runtime().launch_enter_hook
         if hooks.calls:  # a profiler, which wants to see the launches as Triton makes them
             return function(*args)
@@ -405,12 +410,12 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
                 programs.pop(next(iter(programs)))
             programs[signature] = _ONCE
         elif program == _ONCE:
-            programs[signature] = _AS_WRITTEN
             with _recorded(args, hooks) as recording:
                 result = function(*args)
             try:
                 programs[signature] = recording.program(result)
             except _Unrepeatable as reason:
+                programs[signature] = _AS_WRITTEN
                 _LOG.debug("%s runs as it is written: %s", getattr(function, "__name__", function), reason)
             return result
         return function(*args)

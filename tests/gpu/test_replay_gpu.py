@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -185,3 +186,27 @@ def test_what_has_to_be_copied_first_runs_as_written(replays: list[replay.Progra
         )
     assert all(program.steps for program in replays)
     assert len(replays) == 2  # of the contiguous ones
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("mode", ["none", "fp8_per_token"])
+def test_on_a_gpu_that_is_not_the_current_one(mode: str, replays: list[replay.Program]) -> None:
+    def moved(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.to("cuda:1")
+
+    def away(w: Nvfp4Weight) -> Nvfp4Weight:
+        return Nvfp4Weight(**{field.name: moved(getattr(w, field.name)) for field in fields(w)})
+
+    w = weight(512, 1024, mode)
+    w13, w2 = (quantize_weight(randn(4, 512, 512)[:, :, :k]).prepared(mode) for k in (512, 256))
+    for _ in range(4):
+        x, weights, ids = randn(40, 1024), torch.rand(40, 2, device="cuda"), torch.randint(4, (40, 2), device="cuda")
+        apart = (x.to("cuda:1"), weights.to("cuda:1"), ids.to("cuda:1"))
+        torch.cuda.synchronize(0)
+        got = nvfp4_linear(apart[0], away(w), activation=mode)
+        experts = nvfp4_fused_moe(apart[0][:, :512], away(w13), away(w2), *apart[1:], activation=mode)
+        torch.cuda.synchronize(1)
+        assert torch.cuda.current_device() == 0
+        assert torch.equal(got.cuda(0), nvfp4_linear(x, w, activation=mode))
+        assert torch.equal(experts.cuda(0), nvfp4_fused_moe(x[:, :512], w13, w2, weights, ids, activation=mode))
+    assert len(replays) == 2 * 2 * 2  # the last two of four calls, on either GPU

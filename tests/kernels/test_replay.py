@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +226,49 @@ def test_the_same_tensor_twice_cannot_be_told_apart() -> None:
 
     with pytest.raises(replay._Unrepeatable, match="2 tensors hold an address"):
         record(function, a, a)
+
+
+class OnGpu:
+    """As much of a tensor on a GPU as `replayed` asks for."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+    @staticmethod
+    def get_device() -> int:
+        return 1
+
+
+def test_replayed_is_on_its_tensors_gpu_and_records_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted.index)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(replay, "_triton_runtime", lambda: SimpleNamespace(launch_enter_hook=HOOKS))
+    ran, fails = [], [False, True, False, False]
+
+    def function(x: OnGpu) -> torch.Tensor:
+        ran.append((current[-1], getattr(replay._current, "recording", None) is not None))
+        if fails[len(ran) - 1]:
+            raise torch.OutOfMemoryError
+        return torch.zeros(3).fill_(1.0)  # computes: cannot be replayed
+
+    call = replay.replayed(function)
+    call(OnGpu)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(OnGpu)
+    call(OnGpu)
+    call(OnGpu)
+    assert ran == [(1, False), (1, True), (1, True), (1, False)]
+    assert current == [0]
 
 
 def test_a_recording_ends_with_an_error() -> None:
