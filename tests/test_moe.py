@@ -250,6 +250,17 @@ def test_empty_experts_absent_slots_and_one_expert_for_all(mode):
     assert_close(got, model(x, w13, w2, weights.nan_to_num(0.5), one, mode, input_scales=scales), mode)
 
 
+def test_ids_beyond_the_experts_add_nothing():
+    w13, w2 = layer(3, 32, 16)
+    x, (weights, ids) = torch.randn(5, 32).bfloat16(), routing(5, 2, 3)
+    known = torch.where(ids == 2, -1, ids)
+    for beyond, expert_map in ((2, None), (5, torch.arange(3, dtype=torch.int32))):
+        some = ids if expert_map is None else torch.where(ids == 2, beyond, ids)
+        a, b = (Nvfp4Weight(w.data[:2], w.scales[:2], w.global_scale[:2]) for w in (w13, w2)) if beyond == 2 else (w13, w2)
+        got = nvfp4_fused_moe(x, a, b, weights, some, expert_map=expert_map)
+        assert torch.equal(got, nvfp4_fused_moe(x, w13, w2, weights, known))
+
+
 def test_row_scales_of_logical_matrices():
     w13, w2 = layer(3, 32, 16)
     per_row = replace(w13, global_scale=w13.global_scale[:, None] * torch.rand(3, 32).add(0.5))
@@ -284,6 +295,16 @@ BAD = {
     "x width": ({"x": torch.zeros(2, 48)}, ValueError, r"x: got shape \[2, 48\], allowed is \[M, 32\]"),
     "ids shape": ({"topk_ids": torch.zeros(3, 2).int()}, ValueError, r"topk_ids, topk_weights: got shapes \[3, 2\]"),
     "ids dtype": ({"topk_ids": torch.zeros(2, 2)}, TypeError, r"topk_ids: got dtype float32, allowed are int32 and int64"),
+    "bias shape": ({"w13_bias": torch.zeros(2, 1)}, ValueError, r"w13_bias: got shape \[2, 1\], allowed is \[2, 32\]"),
+    "bias dtype": ({"w2_bias": torch.zeros(2, 32).int()}, TypeError, r"w2_bias: got dtype int32, allowed are float32"),
+    "bias device": ({"w2_bias": torch.zeros(2, 32, device="meta")}, ValueError, r"w2_bias: it is on meta"),
+    "map dtype": ({"expert_map": torch.zeros(2)}, ValueError, r"expert_map: got float32 \[2\], allowed is int32"),
+    "map device": ({"expert_map": torch.zeros(2, device="meta").int()}, ValueError, r"expert_map: it is on meta"),
+    "no scale": (
+        {"activation": "nvfp4_per_tensor", "input_scales": (torch.ones(1), None)},
+        ValueError,
+        r"input_scales\[1\]: got None",
+    ),
     "ungated": ({"act_fn": "silu_no_mul"}, ValueError, r"w13: got shape \[2, 32, 32\], allowed is \[2, 16, 32\]"),
 }
 

@@ -48,16 +48,30 @@ def _check_layout(layout: int) -> SfLayout:
         raise ValueError(f"sfLayout: got {layout!r}, allowed are {allowed}") from None
 
 
+def _check_device(name: str, t: torch.Tensor, like: torch.Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"{name}: it is on {t.device}, allowed is the input's device {like.device}")
+
+
+def _check_bias(name: str, bias: torch.Tensor | None, like: torch.Tensor, shape: torch.Size) -> None:
+    if bias is None:
+        return
+    if bias.shape != shape:
+        raise ValueError(f"{name}: got shape {list(bias.shape)}, allowed is {list(shape)}")
+    if bias.dtype not in LINEAR_DTYPES:
+        raise TypeError(f"{name}: got dtype {_names((bias.dtype,))}, allowed are {_names(LINEAR_DTYPES)}")
+    _check_device(name, bias, like)
+
+
 def _scalar_or_rows(name: str, scale: torch.Tensor | float, like: torch.Tensor, rows: int) -> torch.Tensor:
     """A scale as fp32 tensor [1] or [rows] on `like`'s device. A tensor is never read back, nor moved."""
     if not isinstance(scale, torch.Tensor):
-        if not scale > 0:
+        if scale is None or not scale > 0:
             raise ValueError(f"{name}: got {scale!r}, allowed are scales above 0")
         return torch.full((1,), float(scale), dtype=torch.float32, device=like.device)
     if scale.dtype != torch.float32:
         raise TypeError(f"{name}: got dtype {_names((scale.dtype,))}, allowed is float32")
-    if scale.device != like.device:
-        raise ValueError(f"{name}: it is on {scale.device}, allowed is the input's device {like.device}")
+    _check_device(name, scale, like)
     if scale.numel() not in (1, rows):
         allowed = "1 element" if rows == 1 else f"1 or {rows} elements"
         raise ValueError(f"{name}: got {scale.numel()} elements, allowed are {allowed}")
@@ -72,8 +86,7 @@ def _check_index(index: torch.Tensor | None, like: torch.Tensor, dims: tuple[int
         raise TypeError(f"{name}: got dtype {_names((index.dtype,))}, allowed is int32")
     if index.dim() not in dims:
         raise ValueError(f"{name}: got shape {list(index.shape)}, allowed are {' or '.join(map(str, dims))} dimensions")
-    if index.device != like.device:
-        raise ValueError(f"{name}: it is on {index.device}, allowed is the input's device {like.device}")
+    _check_device(name, index, like)
 
 
 def nvfp4_quantize(
@@ -254,8 +267,7 @@ def nvfp4_linear(
         raise ValueError(f"x: got shape {list(x.shape)}, allowed is [..., {k}] for a weight {list(weight.shape)}")
     if x.device != weight.data.device:
         raise ValueError(f"x: it is on {x.device}, allowed is the weight's device {weight.data.device}")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"bias: got shape {list(bias.shape)}, allowed is [{n}]")
+    _check_bias("bias", bias, x, weight.shape[:1])
     scale = None if input_scale is None else _scalar_or_rows("input_scale", input_scale, x, 1)
     out = ops.linear(
         x.reshape(-1, k),
@@ -284,19 +296,21 @@ def nvfp4_fused_moe(
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
+    num_experts: int | None = None,
     apply_router_weight_on_input: bool = False,
     backend: str = "cuda",
 ) -> torch.Tensor:
     """The routed experts of a mixture-of-experts layer over NVFP4 weights: [M, H] -> [M, H] in x's dtype.
 
     x: [M, H]. w13: [E, 2I, H], gate rows first ("swigluoai": gate and up alternate), [E, I, H] for an `act_fn` that ends in
-    "_no_mul". w2: [E, H, I]. topk_weights: fp32 [M, top_k]; topk_ids: int32 or int64 [M, top_k], an id below 0 names no
-    expert.
+    "_no_mul". w2: [E, H, I]. topk_weights: fp32 [M, top_k]; topk_ids: int32 or int64 [M, top_k], an id below 0 or
+    beyond the last expert adds nothing.
     activation: as in `nvfp4_linear`, for the input of both products; input_scales: for "nvfp4_per_tensor" the static decode
         scales of the two inputs, each fp32 with 1 or E elements.
     act_fn: between the products, a name of vLLM's MoEActivation.
     w13_bias, w2_bias: [E, rows].
     expert_map: int32 [global experts] to local experts, -1 where another rank holds the expert.
+    num_experts: the experts of all ranks, for topk_ids that name local ones already: kernels expect so many rows an expert.
     apply_router_weight_on_input: multiply the token instead of the expert's output.
     """
     _check_matrix("x", x, GROUP_SIZE, LINEAR_DTYPES)
@@ -320,12 +334,17 @@ def nvfp4_fused_moe(
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"topk_ids: got dtype {_names((topk_ids.dtype,))}, allowed are int32 and int64")
     for name, t in (("w13", w13.data), ("w2", w2.data), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-        if t.device != x.device:
-            raise ValueError(f"{name}: it is on {t.device}, allowed is the input's device {x.device}")
-    scale13, scale2 = (None, None) if input_scales is None else input_scales
-    if scale13 is not None and scale2 is not None:
-        scale13 = _scalar_or_rows("input_scales[0]", scale13, x, experts)
-        scale2 = _scalar_or_rows("input_scales[1]", scale2, x, experts)
+        _check_device(name, t, x)
+    scale13 = scale2 = None
+    if input_scales is not None:
+        scale13, scale2 = (_scalar_or_rows(f"input_scales[{i}]", s, x, experts) for i, s in enumerate(input_scales))
+    _check_bias("w13_bias", w13_bias, x, w13.shape[:-1])
+    _check_bias("w2_bias", w2_bias, x, w2.shape[:-1])
+    if expert_map is not None:
+        if expert_map.dtype not in (torch.int32, torch.int64) or expert_map.dim() != 1:
+            got = f"{_names((expert_map.dtype,))} {list(expert_map.shape)}"
+            raise ValueError(f"expert_map: got {got}, allowed is int32 [global experts]")
+        _check_device("expert_map", expert_map, x)
     return ops.fused_moe(
         x,
         w13.data,
@@ -345,6 +364,7 @@ def nvfp4_fused_moe(
         w13_bias,
         w2_bias,
         expert_map,
+        num_experts,
         apply_router_weight_on_input,
         backend,
     )

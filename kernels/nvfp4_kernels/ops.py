@@ -197,7 +197,7 @@ def _fused_moe_fake(x, *args) -> torch.Tensor:
     "fused_moe(Tensor x, Tensor w13_data, Tensor w13_scales, Tensor w13_row_scale, Tensor? w13_fp8_fold, Tensor w2_data,"
     " Tensor w2_scales, Tensor w2_row_scale, Tensor? w2_fp8_fold, Tensor topk_weights, Tensor topk_ids, str activation,"
     " str act_fn, Tensor? w13_input_scale, Tensor? w2_input_scale, Tensor? w13_bias, Tensor? w2_bias,"
-    " Tensor? expert_map, bool apply_router_weight_on_input, str backend) -> Tensor",
+    " Tensor? expert_map, int? num_experts, bool apply_router_weight_on_input, str backend) -> Tensor",
     _fused_moe_fake,
     layer=True,
 )
@@ -220,6 +220,7 @@ def fused_moe(
     w13_bias,
     w2_bias,
     expert_map,
+    num_experts,
     apply_router_weight_on_input,
     backend,
 ) -> torch.Tensor:
@@ -244,5 +245,6 @@ def fused_moe(
         w13_bias=w13_bias,
         w2_bias=w2_bias,
         expert_map=expert_map,
+        num_experts=num_experts,
         apply_router_weight_on_input=apply_router_weight_on_input,
     )

@@ -242,6 +242,7 @@ class _MoEMethod(FusedMoEMethodBase):
             input_scales=None if scale13 is None or scale2 is None else (scale13, scale2),
             w13_bias=getattr(layer, _PARTED_BIAS if self._in_turns else "w13_weight_bias", None),
             w2_bias=getattr(layer, "w2_weight_bias", None),
+            num_experts=layer.num_experts,
             apply_router_weight_on_input=self.moe_runner_config.apply_router_weight_on_input,
             backend=self._backend,
         )

@@ -86,6 +86,24 @@ def test_row_scales_and_expert_map(mode):
     check(arguments, 20, 3, ids=torch.rand(20, 7).topk(3, -1).indices, expert_map=expert_map)
 
 
+def test_tiles_are_for_a_ranks_share_of_the_slots(monkeypatch):
+    """256 slots over the 64 experts of all ranks are 4 an expert, also where a rank has four of the experts."""
+    rows = []
+
+    def seen(topk_ids, experts, block_m, expert_map=None):
+        rows.append(block_m)
+        return route(topk_ids, experts, block_m, expert_map)
+
+    monkeypatch.setattr(kernels, "route", seen)
+    arguments, ids = layer("none", 4, 64, 32), torch.rand(64, 64).topk(4, -1).indices
+    expert_map = torch.where(torch.arange(64) < 4, torch.arange(64), -1).int()
+    check(arguments, 64, 4, ids=ids, expert_map=expert_map)
+    local = torch.where(ids < 4, ids, -1)
+    check(arguments, 64, 4, ids=local, num_experts=64)
+    check(arguments, 64, 4, ids=local)
+    assert rows == [16, 16, 128]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_absent_experts_and_one_expert_for_all(mode):
     arguments = layer(mode, 5, 64, 32)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .linear import linear
+from .moe_routing import local_experts
 
 SWIGLU_OAI_ALPHA = 1.702
 SWIGLU_OAI_LIMIT = 7.0
@@ -81,18 +82,18 @@ def fused_moe(
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
+    num_experts: int | None = None,
     apply_router_weight_on_input: bool = False,
 ) -> torch.Tensor:
     """Routed experts of [M, H] -> [M, H]. Each of the two products rounds to x's dtype, the weighted sum runs in fp32.
 
     w13 uint8 [E, 2I, H/2] (ungated: [E, I, H/2]), w2 uint8 [E, H, I/2], row scales fp32 [E, 1] or [E, rows], FP8 folds
     fp32 [E, rows], input scales fp32 [1] or [E], biases [E, rows]; topk_weights fp32 and topk_ids integer [M, top_k], an
-    id below 0 names no expert; expert_map int32 [global experts] to local ones, -1 where remote.
+    id below 0, or beyond the experts, names none; expert_map int32 [global experts] to local ones, -1 where remote.
+    num_experts has no say in the result.
     """
     m, top_k = topk_ids.shape
-    ids = topk_ids.long()
-    if expert_map is not None:
-        ids = torch.where(ids >= 0, expert_map.long()[ids.clamp(min=0)], -1)
+    ids = local_experts(topk_ids, w13_data.shape[0], expert_map)
     outputs = torch.zeros(m * top_k, w2_data.shape[1], dtype=torch.float32, device=x.device)
     weights = topk_weights.to(torch.float32)
     flat_ids = ids.flatten()

@@ -28,10 +28,11 @@ def max_tiles(slots: int, experts: int, block_m: int) -> int:
 
 
 def local_experts(topk_ids: torch.Tensor, experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """topk_ids as local experts, int64; -1 where the id is below 0, or mapped to no local expert."""
+    """topk_ids as local experts, int64; -1 where the id names no expert, or is mapped to no local one."""
     ids = topk_ids.long()
     if expert_map is not None:
-        ids = torch.where(ids >= 0, expert_map.long()[ids.clamp(min=0)], -1)
+        known = (ids >= 0) & (ids < expert_map.numel())
+        ids = torch.where(known, expert_map.long()[torch.where(known, ids, 0)], -1)
     return torch.where((ids >= 0) & (ids < experts), ids, -1)
 
 

@@ -87,6 +87,7 @@ def fused_moe(
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
+    num_experts: int | None = None,
     apply_router_weight_on_input: bool = False,
 ) -> torch.Tensor:
     """As `reference.moe.fused_moe`; x fp16 or bf16."""
@@ -99,24 +100,16 @@ def fused_moe(
     w13 = _expert_weights(activation, w13_data, w13_scales, w13_row_scale, w13_fp8_fold, w13_input_scale, w13_bias)
     w2 = _expert_weights(activation, w2_data, w2_scales, w2_row_scale, w2_fp8_fold, w2_input_scale, w2_bias)
     topk_weights = topk_weights.contiguous()
+    # Of what all ranks' experts serve, the local ones get their share.
+    experts = num_experts or (w13_data.shape[0] if expert_map is None else expert_map.numel())
+    rest = (activation, act_fn, expert_map, experts, apply_router_weight_on_input)
     step = max(1, _CHUNK_SLOTS // max(top_k, 1))
     if tokens <= step:
-        _forward(x, w13, w2, topk_weights, topk_ids, out, activation, act_fn, expert_map, apply_router_weight_on_input)
+        _forward(x, w13, w2, topk_weights, topk_ids, out, *rest)
         return out
     for start in range(0, tokens, step):
         chunk = slice(start, start + step)
-        _forward(
-            x[chunk],
-            w13,
-            w2,
-            topk_weights[chunk],
-            topk_ids[chunk],
-            out[chunk],
-            activation,
-            act_fn,
-            expert_map,
-            apply_router_weight_on_input,
-        )
+        _forward(x[chunk], w13, w2, topk_weights[chunk], topk_ids[chunk], out[chunk], *rest)
     return out
 
 
@@ -130,14 +123,14 @@ def _forward(
     activation: str,
     act_fn: str,
     expert_map: torch.Tensor | None,
+    experts: int,
     weights_on_input: bool,
 ) -> None:
-    """One chunk of tokens, into `out`."""
-    experts = w13.data.shape[0]
+    """One chunk of tokens, whose slots are over `experts` of all ranks, into `out`."""
     hopper = moe_gemm_hopper.serves(x.device, (w13, w2), act_fn)
     fp8 = activation == "fp8_per_token"
     block_m = _block_m(topk_ids.numel(), experts, x.shape[1], 2 * w2.data.shape[-1], hopper, fp8)
-    routing = route(topk_ids, experts, block_m, expert_map)
+    routing = route(topk_ids, w13.data.shape[0], block_m, expert_map)
     if len(routing.tile_to_expert) == 0:
         out.zero_()
         return

@@ -139,6 +139,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int, expert_map: torch.
         result.expert_offsets.zero_()
         return result
     topk_ids = topk_ids.contiguous()
+    expert_map = None if expert_map is None else expert_map.contiguous()
     bins = max(16, next_power_of_2(experts + 1))
     # Few slots: fewer warps have less to agree on, as measured on an H100.
     few = slots <= 128
