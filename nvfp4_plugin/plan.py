@@ -86,6 +86,16 @@ class QuantizationPlan:
                 f"activation: got 'nvfp4_per_tensor', which needs static input scales, and {holder} has none; "
                 "allowed: 'auto', 'nvfp4_per_token', 'fp8_per_token', 'none'"
             )
+        if options.backend in ("cuda", "reference"):
+            if "sf_layout" in options.model_fields_set:
+                logger.warning(
+                    "nvfp4: sf_layout has no effect with the backend %r, whose layers use no layout", options.backend
+                )
+        elif options.sf_layout != "layout_128x4":
+            raise ValueError(
+                f"sf_layout: got {options.sf_layout!r}, and the GEMMs of the backend {options.backend!r} read another one; "
+                "allowed: 'layout_128x4'"
+            )
         self._options = options
 
     @property

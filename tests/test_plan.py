@@ -94,6 +94,21 @@ def test_static_scales_are_asked_of_those_who_have_them() -> None:
             plan(config, activation="nvfp4_per_tensor")
 
 
+def test_a_layout_of_scales_that_nobody_reads_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "nvfp4_plugin"):
+        plan(backend="cublas", sf_layout="layout_128x4")
+        plan()
+        assert not caplog.records
+        plan(sf_layout="layout_8x4")
+    assert [record.message for record in caplog.records] == [
+        "nvfp4: sf_layout has no effect with the backend 'cuda', whose layers use no layout"
+    ]
+    with pytest.raises(
+        ValueError, match=r"sf_layout: got 'layout_8x4', .* of the backend 'flashinfer' .* allowed: 'layout_128x4'"
+    ):
+        plan(backend="flashinfer", sf_layout="layout_8x4")
+
+
 def test_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
     folder = save(tiny_model("llama"), "modelopt", tmp_path)
     with pytest.raises(ValueError, match=r"are in NVFP4: leave the checkpoint's own quantization_config in place"):

@@ -42,7 +42,8 @@ class Nvfp4Config(BaseModel):
     """How the block scales of a weight are chosen when a bf16 checkpoint is quantized: `mse` (least squared error over
     nine candidates), `four_over_six` (two candidates) or `absmax` (none, the fastest)."""
     sf_layout: ScaleLayout = "layout_128x4"
-    """Memory layout of the activations' block scales between the quantizer and a GEMM."""
+    """Memory layout of the activations' block scales between the quantizer and the GEMMs of others (`cublas`, `cute-dsl`,
+    `flashinfer`), which read `layout_128x4`. Our own have one of theirs: they take no notice, and a log line says so."""
     backend: Backend = "cuda"
     """`cuda`: this library's kernels (their torch twins for CPU tensors); `reference`: the torch twins on any device;
     `cublas`, `cute-dsl`, `flashinfer`: cuBLAS's and FlashInfer's kernels for W4A4 dense layers, on SM100 or newer."""

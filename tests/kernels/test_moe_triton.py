@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvfp4_kernels import quantize_weight
+from nvfp4_kernels import dispatch, quantize_weight
 from nvfp4_kernels.formats import SfLayout, decode_packed, e4m3_decode
 from nvfp4_kernels.reference import linear as reference_linear
 from nvfp4_kernels.reference import moe as reference
@@ -143,6 +143,13 @@ def test_the_mode_of_auto_is_e4m3_where_the_hopper_kernels_serve(monkeypatch):
     assert kernels.faster_mode(gpu, 2880, 2896) == "none"  # the Hopper kernels do not take it
     monkeypatch.setattr(kernels, "arch_of", lambda device: 89)
     assert kernels.faster_mode(gpu, 2048, 768) == "none"
+
+
+def test_auto_is_w4a4_on_blackwell_where_fp4_tensor_cores_serve(monkeypatch):
+    monkeypatch.setattr(dispatch, "arch_of", lambda device: 100)
+    gpu = torch.device("cuda", 0)
+    assert dispatch.resolve_activation("auto", gpu, 16, 4096, 4096) == "nvfp4_per_token"
+    assert dispatch.resolve_moe_activation("auto", gpu, 2048, 768) == "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,6 @@ from ..reference.source import PLAIN, Source, apply
 from .launch import cdiv, launch, next_power_of_2
 from .numerics import e2m1_decode, e4m3_decode
 
-_E4M3_MAX = tl.constexpr(448.0)
-
 
 @triton.jit
 def source_column(column, ORDER: tl.constexpr):

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, scale_stride
 
 
 def problem(mode: str, n: int, k: int) -> str | None:
@@ -70,7 +70,7 @@ def run(
     launch(
         gemm_dot_scaled, (cdiv(m, 128) * cdiv(n, bn),),
         codes, sf.view(torch.float8_e4m3fn), data, scales, row_scale, token, bias, out,
-        m, n, k, 1 if row_scale.numel() > 1 else 0, 1 if token.numel() > 1 else 0,
+        m, n, k, scale_stride(row_scale), scale_stride(token),
         BIAS=bias is not None, BM=128, BN=bn, BK=bk, num_warps=8 if bk == 256 else 4, num_stages=3,
     )  # fmt: skip
     return out

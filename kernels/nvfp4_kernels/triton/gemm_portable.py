@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation import round_e4m3
-from .launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2, scale_stride
 from .numerics import e2m1_decode, e4m3_decode
 
 
@@ -66,11 +66,6 @@ def gemm_portable(
     if BIAS:
         result += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + m.to(tl.int64)[:, None] * N + n[None, :], result.to(dtype), mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-def scale_stride(scale: torch.Tensor | None) -> int:
-    """How far apart the scales of neighbouring rows lie: one scale may serve all."""
-    return 0 if scale is None or scale.numel() == 1 else 1
 
 
 def run(

@@ -16,7 +16,7 @@ from ..formats import SfLayout, to_layout
 from ..reference.source import PLAIN, Source
 from ..replay import unrepeatable
 from .activation import sourced
-from .launch import cdiv, launch
+from .launch import cdiv, launch, scale_stride
 from .linear import check_dtype, quantize_nvfp4
 
 _BLOCK = 1024
@@ -94,6 +94,6 @@ def scale_product(
     m, n = out.shape
     launch(
         scale_product_kernel, (m, cdiv(n, _BLOCK)), product, token_scale, row_scale, bias, out,
-        n, int(token_scale.numel() > 1), int(row_scale.numel() > 1), BIAS=bias is not None, BLOCK=_BLOCK, num_warps=4,
+        n, scale_stride(token_scale), scale_stride(row_scale), BIAS=bias is not None, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return out

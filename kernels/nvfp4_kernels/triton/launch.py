@@ -28,6 +28,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def scale_stride(scale: torch.Tensor | None) -> int:
+    """How far apart the scales of neighbouring rows lie: one scale may serve all."""
+    return 0 if scale is None or scale.numel() == 1 else 1
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants), without Triton's own look-up of the compiled kernel from the second time on.
 

@@ -33,7 +33,7 @@ from ..reference.source import PLAIN, Source
 from ..replay import asked
 from . import gemm_portable
 from .activation import decode, operand_rows, permute, quantize_fp8, sourced
-from .launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2, scale_stride
 from .quantize import quantize
 from .widen import widen_fp8
 from .workspace import split_k
@@ -431,7 +431,7 @@ def _launch_few(
         gemm_few, (cdiv(n, 16),),
         data.view(torch.int32), scales, x, out, row_scale, token_scale, bias,
         n, m, stages_of(k), k // 32, scales.stride(0), x.stride(0),
-        gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
+        scale_stride(row_scale), scale_stride(token_scale),
         KW=options["warps"], APART=apart, TAIL=tail, TOKEN=token_scale is not None, BIAS=bias is not None,
         num_warps=options["warps"], launch_pdl=True,
     )  # fmt: skip
@@ -480,7 +480,7 @@ def _launch_wgmma(
             descriptor(data, (bn, 32), torch.int32), descriptor(scales, (bn, 8), torch.int16),
             descriptor(x, (bm, K_STEP), shape=rows),
             out, fold, row_scale, token_scale, bias, partial, counters, n, m, stages, split,
-            gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
+            scale_stride(row_scale), scale_stride(token_scale),
             BM=bm, WARPS=options["warps"], GROUPS=groups, REGISTERS=registers,
             STAGES=options["stages"], BURST=burst_of(options["stages"]),
             TOKEN=token_scale is not None, BIAS=bias is not None, REDUCE=split > 1,
@@ -494,7 +494,7 @@ def _launch_wgmma(
     common = (
         descriptor(x, (bm, 128 // x.element_size()), shape=rows), descriptor(out, (bm // 8, 64)) if bulk else None, out,
         fold, row_scale, token_scale, bias, partial, counters, n, m, stages, whole, lent or split,
-        gemm_portable.scale_stride(row_scale), gemm_portable.scale_stride(token_scale),
+        scale_stride(row_scale), scale_stride(token_scale),
     )  # fmt: skip
     constants = {
         "BM": bm, "WEIGHT_STAGES": options["weight_stages"], "GROUP": options["group"], "TOKEN": token_scale is not None,

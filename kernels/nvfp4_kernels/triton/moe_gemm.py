@@ -15,6 +15,7 @@ import triton.language as tl
 from ..devices import arch_of
 from ..reference.moe import UNGATED
 from ..reference.moe_routing import Routing
+from .activation import round_e4m3
 from .launch import cdiv, launch
 from .moe_combine import gated, ungated
 from .numerics import e4m3_decode
@@ -36,15 +37,6 @@ class ExpertWeights(NamedTuple):
 
 
 @triton.jit
-def _round_e4m3(x):
-    """fp32 to the nearest e4m3 value (ties to even), fp32; |x| <= 448."""
-    # In the binade of p the grid has the step p/8 (2^-9 below 2^-6): adding and taking away 1.5 * 2^20 * p rounds to it.
-    binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    offset = tl.maximum(binade, 0.015625) * 1572864.0
-    return (x + offset) - offset
-
-
-@triton.jit
 def decode_tile(packed, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr, ROUND: tl.constexpr):
     """Codes uint8 [BLOCK_N, BLOCK_K/2] times fp32 scales [BLOCK_N, BLOCK_K/16] to `dtype` [BLOCK_N, BLOCK_K].
 
@@ -57,8 +49,8 @@ def decode_tile(packed, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, dty
     even *= scale[:, :, None]
     odd *= scale[:, :, None]
     if ROUND and dtype != tl.float8e4nv:
-        even = _round_e4m3(even)
-        odd = _round_e4m3(odd)
+        even = round_e4m3(even)
+        odd = round_e4m3(odd)
     return tl.reshape(tl.join(even.to(dtype), odd.to(dtype)), [BLOCK_N, BLOCK_K])
 
 

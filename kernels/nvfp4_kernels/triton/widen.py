@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, scale_stride
 
 # A word of 8 codes ($2), its e4m3 scale ($3) and 2^-fold as f16 ($4) to 8 e4m3 bytes: the scale makes an 8-byte table,
 # a byte permute picks four weights from it, and the signs go on top.
@@ -31,7 +31,7 @@ _WIDEN = tl.constexpr("""
 
 @triton.jit
 def _widen_kernel(
-    words_ptr, scales_ptr, fold_ptr, row_ptr, out_ptr, column_ptr, N, pieces, scale_stride, row_stride,
+    words_ptr, scales_ptr, fold_ptr, row_ptr, out_ptr, column_ptr, N, pieces, scales_stride, row_stride,
     ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row_words = pieces * 4  # so that Triton knows of 16-byte accesses: as an argument, it learns of multiples of 16 alone
@@ -45,7 +45,7 @@ def _widen_kernel(
         tl.store(column_ptr + n, fold * row_scale, mask=n < N)
     inverse = (1.0 / fold).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     words = tl.load(words_ptr + rows * row_words + word[None, :], mask=inside, other=0)
-    scales = tl.load(scales_ptr + rows * scale_stride + word[None, :] // 2, mask=inside, other=0).to(tl.int32)
+    scales = tl.load(scales_ptr + rows * scales_stride + word[None, :] // 2, mask=inside, other=0).to(tl.int32)
     low, high = tl.inline_asm_elementwise(
         _WIDEN,
         "=r,=r,r,r,r",
@@ -74,6 +74,6 @@ def widen_fp8(
     launch(
         _widen_kernel, (cdiv(n, rows), cdiv(k // 8, words)),
         data.view(torch.int32), scales.view(torch.uint8), fp8_fold, row_scale, out.view(torch.int32), column,
-        n, k // 32, scales.stride(0), 1 if row_scale.numel() > 1 else 0, ROWS=rows, WORDS=words, num_warps=4,
+        n, k // 32, scales.stride(0), scale_stride(row_scale), ROWS=rows, WORDS=words, num_warps=4,
     )  # fmt: skip
     return out, column
