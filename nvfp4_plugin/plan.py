@@ -19,6 +19,9 @@ ROUTERS = ("gate", "router", "shared_expert_gate", "shared_experts_gate")
 EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """What checkpoints call an expert's gate, up and down projections."""
 
+Mapper = Callable[[list[str]], list[str]]
+"""A checkpoint's names to a framework's; it may drop some."""
+
 
 def is_router(name: str) -> bool:
     """Whether the module `name` is an MoE router, by its name."""
@@ -44,8 +47,9 @@ class QuantizationPlan:
         self._channel = channel
         self._format = None if quantization_config is None else CheckpointFormat.parse(quantization_config)
         self._options: Nvfp4Config | None = None
-        self._rename: Callable[[list[str]], list[str]] | None = None
+        self._mappers: list[Mapper] = []
         self._index: CheckpointIndex | None = None
+        self._modules: dict[str, str] | None = None
         self._asked: dict[str, PackedModules] = {}
         self._warned = False
 
@@ -124,26 +128,27 @@ class QuantizationPlan:
                 f"options through {self._channel}"
             )
 
-    def rename(self, mapper: Callable[[list[str]], list[str]]) -> None:
-        """Follow a framework that renames modules: `mapper` turns the checkpoint's module names into the framework's."""
-        self._rename = mapper
-        if self._format is not None:
-            self._format = self._format.model_copy(
-                update={"ignore": self._renamed(self._format.ignore), "targets": self._renamed(self._format.targets)}
-            )
+    def rename(self, mapper: Mapper) -> None:
+        """Follow a framework that renames modules: `mapper` turns the checkpoint's names into the framework's.
 
-    def _renamed(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        if self._rename is None:
-            return tuple(patterns)
-        out: list[str] = []
-        for pattern in patterns:
-            out.append(pattern)
-            if pattern.startswith("re:"):
-                continue
-            # A mapper works on whole components: "tower*" stands for "tower" and "tower.*" as well.
-            stem = pattern[:-1] if pattern.endswith("*") and not pattern.endswith(".*") else None
-            out += self._rename([pattern] if stem is None else [stem, f"{stem}.*"])
-        return tuple(dict.fromkeys(out))
+        A model and the models inside it may each bring a mapper: they apply one after the other.
+        """
+        self._mappers.append(mapper)
+        self._modules = None
+        if self._format is not None:
+            ignore, targets = (_renamed(patterns, [mapper]) for patterns in (self._format.ignore, self._format.targets))
+            self._format = self._format.model_copy(update={"ignore": ignore, "targets": targets})
+
+    def _in_checkpoint(self, module: str) -> str:
+        """What the checkpoint calls the framework's `module`."""
+        assert self._index is not None
+        if self._modules is None:
+            # By tensors: mappers are made for them, and many know "lm_head." or "router.weight" but not the bare module.
+            tensors = {tensor: tensor for tensor in self._index.tensors}
+            for mapper in self._mappers:
+                tensors |= {new: tensor for name, tensor in tensors.items() for new in mapper([name])}
+            self._modules = {name.rpartition(".")[0]: tensor.rpartition(".")[0] for name, tensor in tensors.items()}
+        return self._modules.get(module, module)
 
     def quantizes(self, name: str, packed: PackedModules | None = None, *, lm_head: bool = False, router: bool = False) -> bool:
         """Whether the module `name` runs in NVFP4; `packed` maps fused modules to their parts.
@@ -152,7 +157,7 @@ class QuantizationPlan:
         otherwise. ValueError where `ignore` means only some parts of a fused module.
         """
         self._asked[name] = packed or {}
-        options = self.options.model_copy(update={"ignore": self._renamed(self.options.ignore)})
+        options = self.options.model_copy(update={"ignore": _renamed(self.options.ignore, self._mappers)})
         if options.ignores(name, packed):
             return False
         if self.online:
@@ -161,7 +166,7 @@ class QuantizationPlan:
             return False
         if router or lm_head:
             if self._index is not None:
-                return self._index.is_quantized(name)
+                return self._index.is_quantized(self._in_checkpoint(name))
             return lm_head
         return True
 
@@ -172,7 +177,7 @@ class QuantizationPlan:
         self._warned = True
         names = {part for name, packed in self._asked.items() for part in (name, *parts_of(name, packed))}
         for pattern in self.options.ignore:
-            single = self.options.model_copy(update={"ignore": self._renamed((pattern,))})
+            single = self.options.model_copy(update={"ignore": _renamed((pattern,), self._mappers)})
             if len(single.unmatched(names)) == len(single.ignore):
                 logger.warning(
                     "nvfp4: ignore matches nothing: %r means none of the %d layers that could be quantized, such as %s",
@@ -189,10 +194,26 @@ class QuantizationPlan:
     def expert_projections(self, name: str) -> tuple[str, str, str]:
         """What the checkpoint calls the gate, up and down projections of the routed experts `name`."""
         for projections in EXPERT_PROJECTIONS:
-            if self._index is not None and self._index.holds(f"{name}.0.{projections[0]}"):
+            if self._index is not None and self._index.holds(self._in_checkpoint(f"{name}.0.{projections[0]}")):
                 return projections
         return EXPERT_PROJECTIONS[0]
 
     def describe(self, tensor: str) -> str:
-        """`tensor`, with its file where that is known."""
-        return self._index.describe(tensor) if self._index is not None else tensor
+        """What the checkpoint calls the framework's `tensor`, with its file, where that is known."""
+        if self._index is None:
+            return tensor
+        module, _, last = tensor.rpartition(".")
+        return self._index.describe(f"{self._in_checkpoint(module)}.{last}")
+
+
+def _renamed(patterns: Sequence[str], mappers: Sequence[Mapper]) -> tuple[str, ...]:
+    """`patterns`, and what each mapper in turn makes of them."""
+    out = list(patterns)
+    for mapper in mappers:
+        for pattern in tuple(out):
+            if pattern.startswith("re:"):
+                continue
+            # A mapper works on whole components: "tower*" stands for "tower" and "tower.*" as well.
+            stem = pattern[:-1] if pattern.endswith("*") and not pattern.endswith(".*") else None
+            out += mapper([pattern] if stem is None else [stem, f"{stem}.*"])
+    return tuple(dict.fromkeys(out))

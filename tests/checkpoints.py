@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,6 +261,18 @@ def save_modelopt(model: TinyModel, folder: Path, **quantization: Any) -> Path:
         **quantization,
     }
     return _save(model, folder, _modelopt_tensors, quantization_config=quantization)
+
+
+def save_multimodal(folder: Path) -> Path:
+    """Mixtral under the names of a multimodal model's language model, in ModelOpt's form: the head and the first block's
+    router are in NVFP4 as well. Its config.json is still Mixtral's."""
+    model = tiny_model("mixtral")
+    weights = {"mtp.norm.weight": model.weights["model.norm.weight"], **model.weights}
+    for module in (*model.linears, "lm_head", "model.layers.0.block_sparse_moe.gate"):
+        weight = quantize_weight(weights.pop(f"{module}.weight"))
+        weights |= {f"{module}.{name}": t for name, t in _modelopt_tensors(weight, 1.0 / weight.global_scale).items()}
+    renamed = {re.sub(r"^model\.", "model.language_model.", name): tensor.clone() for name, tensor in weights.items()}
+    return model.save(folder, renamed)
 
 
 def save_legacy_modelopt(model: TinyModel, folder: Path) -> Path:

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 
 import pytest
-from checkpoints import FORMS, MODELOPT_IGNORE, save, tiny_model
+from checkpoints import FORMS, MODELOPT_IGNORE, save, save_multimodal, tiny_model
 
 from nvfp4_configs import Nvfp4Config
 from nvfp4_plugin import layers
 from nvfp4_plugin.checkpoint import CheckpointIndex
-from nvfp4_plugin.plan import QuantizationPlan, expert_parts, is_router
+from nvfp4_plugin.plan import Mapper, QuantizationPlan, expert_parts, is_router
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
@@ -24,6 +24,35 @@ def plan(quantization_config: dict | None = None, **options: object) -> Quantiza
 
 def modelopt(*ignore: str) -> dict:
     return {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": list(ignore)}
+
+
+def prefixes(moves: dict[str, str | None]) -> Mapper:
+    """A mapper as the frameworks have them: each prefix is replaced in turn; None drops the name."""
+
+    def mapper(names: list[str]) -> list[str]:
+        out = []
+        for name in names:
+            for old, new in moves.items():
+                if name.startswith(old):
+                    if new is None:
+                        break
+                    name = new + name.removeprefix(old)
+            else:
+                out.append(name)
+        return out
+
+    return mapper
+
+
+# Hugging Face's "model.visual" is vLLM's "visual", its "model.language_model" vLLM's "language_model.model".
+MULTIMODAL = prefixes(
+    {
+        "model.visual.": "visual.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "mtp.": None,
+    }
+)
 
 
 def test_online_leaves_head_and_routers() -> None:
@@ -56,20 +85,9 @@ def test_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_names_follow_the_framework(caplog: pytest.LogCaptureFixture) -> None:
-    # Hugging Face's "model.visual" is vLLM's "visual", its "model.language_model" vLLM's "language_model.model".
-    moves = {"model.visual.": "visual.", "model.language_model.": "language_model.model."}
-
-    def mapper(names: list[str]) -> list[str]:
-        out = []
-        for name in names:
-            for old, new in moves.items():
-                if name.startswith(old):
-                    name = new + name.removeprefix(old)
-            out.append(name)
-        return out
-
     made = QuantizationPlan(modelopt("model.visual*", "model.language_model.layers.0.self_attn*"))
-    made.rename(mapper)
+    made.rename(MULTIMODAL)
+    made.rename(prefixes({"decoder.": "model."}))  # of a model inside
     made.configure({"ignore": ["model.language_model.layers.3", "model.language_model.layers.9"]})
     assert not made.quantizes("visual.blocks.0.mlp.fc1")
     assert not made.quantizes("language_model.model.layers.0.self_attn.qkv_proj", QKV)
@@ -79,6 +97,39 @@ def test_names_follow_the_framework(caplog: pytest.LogCaptureFixture) -> None:
         made.warn_unmatched()
         made.warn_unmatched()
     assert [record.args[0] for record in caplog.records] == ["model.language_model.layers.9"]
+
+
+@pytest.mark.parametrize("inspects_first", [True, False])
+def test_checkpoint_is_found_by_the_frameworks_names(inspects_first: bool, tmp_path: Path) -> None:
+    folder = save_multimodal(tmp_path)
+    made = plan(modelopt())
+    if inspects_first:
+        made.inspect(str(folder))
+    made.rename(MULTIMODAL)
+    made.inspect(str(folder))
+    layer = "language_model.model.layers.{}.block_sparse_moe"
+    assert made.quantizes("language_model.lm_head", lm_head=True)
+    assert made.quantizes(f"{layer.format(0)}.gate", router=True)
+    assert not made.quantizes(f"{layer.format(1)}.gate", router=True)
+    assert made.expert_projections(f"{layer.format(0)}.experts") == ("w1", "w3", "w2")
+    original = "model.language_model.layers.1.block_sparse_moe.experts.3.w3"
+    # A tensor that is missing has no file, but it has its name in the checkpoint.
+    for tensor, file in (("weight_scale", f" ({folder}/model.safetensors)"), ("no_scale", "")):
+        assert made.describe(f"{layer.format(1)}.experts.3.w3.{tensor}") == f"{original}.{tensor}{file}"
+    # The checkpoint's own names serve as well: not every model of SGLang names its layers as its mapper does.
+    assert made.quantizes("lm_head", lm_head=True)
+    assert made.describe(f"{original}.weight") == f"{original}.weight ({folder}/model.safetensors)"
+
+
+def test_mappers_of_inner_models_follow_the_outer_ones(tmp_path: Path) -> None:
+    folder = save_multimodal(tmp_path)
+    made = plan(modelopt())
+    made.inspect(str(folder))
+    made.rename(MULTIMODAL)
+    assert made.quantizes("language_model.lm_head", lm_head=True)
+    made.rename(prefixes({"language_model.model.": "text."}))
+    assert made.quantizes("language_model.lm_head", lm_head=True)
+    assert made.quantizes("text.layers.0.block_sparse_moe.gate", router=True)
 
 
 def test_half_of_a_fused_layer_is_refused() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FORMS, PROMPT, reference_logprobs, save_modelopt, tiny_model
+from checkpoints import FORMS, PROMPT, reference_logprobs, save_modelopt, save_multimodal, tiny_model
 from safetensors.torch import load_file, save_file
 from vllm_engine import engine, logprobs, modules
 
@@ -41,6 +41,24 @@ def test_online_equals_hugging_face_over_fake_quantized_weights(kind: str, onlin
 def test_checkpoint_forms_give_the_same_bits(kind: str, form: str, online: torch.Tensor, checkpoint) -> None:
     with engine(checkpoint(kind, form), {"activation": "none"}) as llm:
         assert torch.equal(logprobs(llm, PROMPT), online)
+
+
+def test_multimodal_names_find_the_checkpoints_tensors(tmp_path: Path) -> None:
+    from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+
+    from nvfp4_plugin.vllm.config import Nvfp4QuantizationConfig
+
+    folder = save_multimodal(tmp_path)
+    config = Nvfp4QuantizationConfig({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": []})
+    config.maybe_update_config(str(folder))
+    config.apply_vllm_mapper(Qwen3VLForConditionalGeneration.hf_to_vllm_mapper.get_rename_mapper())
+    config.plan.configure()
+    block = "layers.0.block_sparse_moe"
+    assert config.plan.quantizes("language_model.lm_head", lm_head=True)
+    assert config.plan.quantizes(f"language_model.model.{block}.gate", router=True)
+    name = f"model.language_model.{block}.experts.3.w1.weight"
+    described = config.plan.describe(f"language_model.model.{block}.experts.3.w1.weight")
+    assert described == f"{name} ({folder}/model.safetensors)"
 
 
 def test_gpt_oss_is_quantized_while_it_loads(checkpoint, tmp_path: Path) -> None:
