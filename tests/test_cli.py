@@ -148,6 +148,43 @@ def test_quantize_honours_options(model, tmp_path):
     assert torch.equal(after["lm_head.weight"], expected.data)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        # Two of them, so that k_proj alone is left.
+        (
+            "re:.*[qv]_proj",
+            "mean {attn}.q_proj, {attn}.v_proj but not {attn}.k_proj, which run as one fused layer {attn}.qkv_proj:",
+        ),
+        (
+            "*.experts.1.*",
+            "mean {experts}.1.gate_proj, {experts}.1.up_proj but not {experts}.0.gate_proj, {experts}.0.up_proj, "
+            "{experts}.2.gate_proj and 1 more, which run as one fused layer {experts}:",
+        ),
+    ],
+)
+def test_quantize_refuses_to_leave_parts_of_a_fused_layer(pattern, words, model, tmp_path):
+    file = model / "model-00002-of-00002.safetensors"
+    block = "model.layers.1.mlp.experts"
+    experts = {
+        f"{block}.{i}.{name}.weight": torch.randn(32, 64, dtype=torch.bfloat16)
+        for i in range(3)
+        for name in ("gate_proj", "up_proj")
+    }
+    save_file({**load_file(file), **experts}, file)
+    result = invoke("quantize", model, tmp_path / "out", "--ignore", pattern, status=1)
+    words = words.format(attn="model.layers.0.self_attn", experts=block)
+    assert result.output.startswith(f"error: ignore: the patterns {pattern} {words}")
+    assert result.output.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_quantize_lets_whole_fused_layers_be_ignored(model, tmp_path):
+    invoke("quantize", model, tmp_path / "out", "--ignore", "self_attn")
+    after = tensors_of(tmp_path / "out")
+    assert [name for name in after if name.endswith("weight_scale")] == [f"{QUANTIZED[0]}.weight_scale"]
+
+
 def test_quantize_names_a_nan_tensor_and_leaves_nothing(model, tmp_path):
     file = model / "model-00002-of-00002.safetensors"
     tensors = load_file(file)

@@ -52,23 +52,30 @@ def parts_of(name: str, packed: PackedModules | None) -> list[str]:
 
 
 def matches_any(patterns: Iterable[str], name: str, packed: PackedModules | None = None) -> bool:
-    """Whether any pattern means `name`, or, of a fused module, each of its parts.
-
-    Raises ValueError where some parts of a fused module are meant and others are not: it is one matrix and cannot be
-    half quantized.
-    """
+    """Whether any pattern means `name`, or, of a fused module, each of its parts; ValueError as from `matches_parts`."""
     patterns = tuple(patterns)
-    if any(matches(pattern, name) for pattern in patterns):
-        return True
-    parts = parts_of(name, packed)
+    return any(matches(pattern, name) for pattern in patterns) or matches_parts(patterns, name, parts_of(name, packed))
+
+
+def matches_parts(patterns: Sequence[str], name: str, parts: Sequence[str]) -> bool:
+    """Whether the patterns mean each of the `parts` of the fused module `name`.
+
+    Raises ValueError where they mean some of the parts and not others: it is one matrix and cannot be half quantized.
+    """
     meant = [part for part in parts if any(matches(pattern, part) for pattern in patterns)]
     if meant and len(meant) != len(parts):
         others = [part for part in parts if part not in meant]
         raise ValueError(
-            f"the patterns {', '.join(patterns)} mean {', '.join(meant)} but not {', '.join(others)}, which run as one "
-            f"fused layer {name}: name all of them or none"
+            f"the patterns {', '.join(patterns)} mean {_first(meant)} but not {_first(others)}, which run as one fused layer "
+            f"{name}: name all of them or none"
         )
     return bool(meant)
+
+
+def _first(names: Sequence[str]) -> str:
+    """`names` for a message: routed experts have hundreds of parts."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def unmatched(patterns: Iterable[str], names: Iterable[str], packed: PackedModules | None = None) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_configs import Nvfp4Config
+from nvfp4_configs import Nvfp4Config, PackedModules
+from nvfp4_configs.patterns import matches_parts
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +25,14 @@ NO_LINEAR_LAYER = re.compile(r"(.*[._])?(wte|wpe|[^.]*(norm|embed|rotary)[^.]*)(
 # Encoders of other modalities stay as they are, as in ModelOpt.
 OTHER_MODALITY = re.compile(r".*(vision|visual|image|audio|speech|multi_modal_projector|mm_projector).*")
 HEADS = ("lm_head", "output", "embed_out")
-FUSED_GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Projections that serving frameworks run as one matrix."""
+FUSED: PackedModules = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+}
+"""Projections that serving frameworks run as one matrix, by the name of that."""
+EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
+"""A routed expert's projection: serving frameworks run all experts of a block as one module."""
 # Their linear layers keep [K, N], transposed: blocks of 16 would run along the wrong side.
 TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -107,10 +115,21 @@ class ModelFolder:
         modules = [name.rpartition(".")[0] for name in self.index.tensors]
         return [f"ignore: {pattern!r} matches no module of {self.folder}" for pattern in config.unmatched(modules)]
 
+    def check_ignore(self, config: Nvfp4Config) -> None:
+        """ModelError where `ignore` means only some of the layers that run as one and cannot be half quantized."""
+        fused: dict[str, list[str]] = defaultdict(list)
+        for module in self.linear_layers(config.model_copy(update={"ignore": ()})):
+            fused[_runs_as(module)].append(module)
+        for name, parts in fused.items():
+            try:
+                matches_parts(config.ignore, name, parts)
+            except ValueError as error:
+                raise ModelError(f"ignore: {error}") from None
+
     def partners(self, module: str) -> list[str]:
         """The modules that run fused with `module`, itself included: q, k and v; gate and up."""
         parent, dot, last = module.rpartition(".")
-        group = next((group for group in FUSED_GROUPS if last in group), (last,))
+        group = next((parts for parts in FUSED.values() if last in parts), (last,))
         every = [f"{parent}{dot}{part}" for part in group]
         return [partner for partner in every if f"{partner}.weight" in self.index.tensors]
 
@@ -122,6 +141,14 @@ class ModelFolder:
             return quantize_weight(weight, scale_search=config.scale_search, global_scale=global_scale)
         except (TypeError, ValueError) as error:
             raise ModelError(f"{self.index.describe(f'{module}.weight')}: {error}") from None
+
+
+def _runs_as(module: str) -> str:
+    """The module that serving frameworks run `module` as, or as a part of."""
+    if expert := EXPERT.fullmatch(module):
+        return expert[1]
+    parent, dot, last = module.rpartition(".")
+    return parent + dot + next((fused for fused, parts in FUSED.items() if last in parts), last)
 
 
 def _reason(name: str, shape: Sequence[int], config: Nvfp4Config) -> str:

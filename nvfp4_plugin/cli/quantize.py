@@ -83,6 +83,7 @@ def quantize_checkpoint(model: Path, out: Path, config: Nvfp4Config, device: Any
     source = ModelFolder(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists; allowed: a folder that does not, or an empty one")
+    source.check_ignore(config)
     for warning in source.unmatched(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     layers = source.linear_layers(config)
@@ -166,7 +167,7 @@ def _shared_global_scale(source: ModelFolder, module: str, config: Nvfp4Config, 
     """Module -> global scale, for `module` and those that run fused with it; None (its own) where it runs alone."""
     import torch
 
-    partners = [partner for partner in source.partners(module) if not config.ignores(partner)]
+    partners = source.partners(module)
     if len(partners) < 2:
         return {module: None}
     # The scale that `quantize_weight` gives the largest of them: its rule then lives in one place.
