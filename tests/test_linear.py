@@ -124,6 +124,15 @@ X = torch.randn(4, 32, dtype=torch.bfloat16)
         (lambda: nvfp4_linear(X, WEIGHT, backend="cublas"), ValueError, "'cublas' cannot serve this call: .* on cpu"),
         (lambda: nvfp4_linear(X, WEIGHT, backend="flashinfer"), ValueError, "'flashinfer' cannot serve this call: .* on cpu"),
         (lambda: nvfp4_linear(X, quantize_weight(torch.randn(1, 8, 32))), ValueError, r"weight: got shape \[1, 8, 32\]"),
+        (lambda: nvfp4_linear(X, torch.zeros(8, 32)), TypeError, "weight: got Tensor, allowed is an Nvfp4Weight"),
+        (lambda: nvfp4_linear([1.0], WEIGHT), TypeError, r"x: got list, allowed is a torch\.Tensor"),
+        (lambda: nvfp4_linear(X, WEIGHT, bias=torch.zeros(8, device="meta")), ValueError, "bias: it is on meta"),
+        (lambda: nvfp4_linear(X, WEIGHT, bias=torch.zeros(8).long()), TypeError, "bias: got dtype int64, allowed are float32"),
+        (
+            lambda: nvfp4_linear(X, WEIGHT, activation="nvfp4_per_tensor", input_scale=float("inf")),
+            ValueError,
+            "input_scale: got inf, allowed are scales above 0 that float32 holds",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):

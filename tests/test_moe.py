@@ -302,9 +302,16 @@ BAD = {
     "map device": ({"expert_map": torch.zeros(2, device="meta").int()}, ValueError, r"expert_map: it is on meta"),
     "no scale": (
         {"activation": "nvfp4_per_tensor", "input_scales": (torch.ones(1), None)},
-        ValueError,
-        r"input_scales\[1\]: got None",
+        TypeError,
+        r"input_scales\[1\]: got None, allowed is a number or a float32 tensor",
     ),
+    "one scale": (
+        {"activation": "nvfp4_per_tensor", "input_scales": 0.1},
+        TypeError,
+        r"input_scales: got 0\.1, allowed is one",
+    ),
+    "w13": ({"w13": torch.zeros(2, 32, 32)}, TypeError, r"w13: got Tensor, allowed is an Nvfp4Weight"),
+    "ids": ({"topk_ids": [[0, 1], [0, 1]]}, TypeError, r"topk_ids: got list, allowed is a torch\.Tensor"),
     "ungated": ({"act_fn": "silu_no_mul"}, ValueError, r"w13: got shape \[2, 32, 32\], allowed is \[2, 16, 32\]"),
 }
 

@@ -214,6 +214,7 @@ def test_dequantize_inverts_every_layout_and_scale():
 
 X = torch.randn(4, 32, dtype=torch.bfloat16)
 G = torch.ones(1)
+CODES = torch.zeros(4, 16, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,16 @@ G = torch.ones(1)
             "got 3 tokens, allowed is x's 4",
         ),
         (lambda: nvfp4_permute_quantize(X, torch.zeros(4, 2, dtype=torch.int32), rows=-1), ValueError, "rows: got -1"),
+        (lambda: nvfp4_permute_quantize(X, torch.zeros(4, 2, dtype=torch.int32), rows=1.5), TypeError, "rows: got 1.5"),
+        (lambda: nvfp4_permute_quantize(X, None, rows=8), TypeError, "expanded_idx_to_permuted_idx: got NoneType"),
+        (lambda: nvfp4_quantize(X, None), TypeError, "a_global_sf: got None, allowed is a number or a float32 tensor"),
+        (lambda: nvfp4_quantize(X, float("inf")), ValueError, "a_global_sf: got inf, allowed are scales above 0 that float32"),
+        (lambda: nvfp4_quantize(X, 1e-60), ValueError, "a_global_sf: got 1e-60"),
+        (lambda: nvfp4_quantize(X, G, expanded_idx_to_permuted_idx=[0]), TypeError, "expanded_idx_to_permuted_idx: got list"),
+        (lambda: nvfp4_dequantize(CODES, CODES.new_zeros(4, 128), 1.0), ValueError, r"sf: got uint8 \[4, 128\], allowed"),
+        (lambda: nvfp4_dequantize(CODES, CODES.new_zeros(512).to("meta"), 1.0), ValueError, "sf: it is on meta"),
+        (lambda: nvfp4_dequantize(CODES, CODES.new_zeros(512), 1.0, dtype=torch.int32), TypeError, r"dtype: got torch\.int32"),
+        (lambda: nvfp4_dequantize(CODES, CODES.new_zeros(512), None, per_token_scale=1.0), TypeError, "per_token_scale: got"),
         (lambda: silu_and_mul_nvfp4_quantize(X[:, :16], G), ValueError, "x: the last dimension is 16, .* multiples of 32"),
         (lambda: nvfp4_dequantize(X, G, 1.0), ValueError, "x_q: got bfloat16"),
         (

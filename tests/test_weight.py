@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -161,6 +162,16 @@ W = torch.randn(4, 32)
             r"scales: got torch.float8_e4m3fn \[4, 1\], allowed is float8_e4m3fn \[4, 2\]",
         ),
         (lambda: Nvfp4Weight(W, W, W), ValueError, "data: got torch.float32"),
+        (lambda: quantize_weight([1.0]), TypeError, r"weight: got list, allowed is a torch\.Tensor"),
+        (lambda: quantize_weight(W, global_scale=torch.ones((), device="meta")), ValueError, "global_scale: it is on meta"),
+        (lambda: replace(quantize_weight(W), global_scale=torch.ones((), device="meta")), ValueError, "global_scale: it is on"),
+        (
+            lambda: Nvfp4Weight(
+                torch.zeros(4, 12, dtype=torch.uint8), torch.zeros(4, 1).to(torch.float8_e4m3fn), torch.ones(())
+            ),
+            ValueError,
+            "data: K is 24, allowed are multiples of 16",
+        ),
         (
             lambda: Nvfp4Weight(
                 torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4, 2).to(torch.float8_e4m3fn), torch.ones(3)
@@ -173,6 +184,13 @@ W = torch.randn(4, 32)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32), (0, 4, 32)])
+def test_a_weight_without_rows(shape):
+    weight = quantize_weight(torch.zeros(shape))
+    assert weight.shape == shape
+    assert weight.dequantize().shape == shape
 
 
 def test_quantizing_holds_little_beside_the_weight():

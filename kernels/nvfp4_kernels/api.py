@@ -10,12 +10,13 @@ NVFP4_FAST_MATH=1 is set when the library is imported.
 from __future__ import annotations
 
 import os
+from numbers import Real
 
 import torch
 
 from . import ops
 from .dispatch import check_backend
-from .formats import GROUP_SIZE, SfLayout, sf_shape
+from .formats import FLOAT32_MAX, GROUP_SIZE, SfLayout, sf_shape
 from .reference.linear import ACTIVATIONS
 from .reference.moe import ACT_FNS, UNGATED
 from .weight import Nvfp4Weight
@@ -23,15 +24,23 @@ from .weight import Nvfp4Weight
 FAST_MATH = os.environ.get("NVFP4_FAST_MATH", "0") == "1"
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEQUANTIZED_DTYPES = (torch.float64, *LINEAR_DTYPES)
+_SMALLEST = 2.0**-149  # of float32
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _check_matrix(name: str, t: torch.Tensor, multiple: int, dtypes: tuple[torch.dtype, ...] = INPUT_DTYPES) -> None:
+def _check_tensor(name: str, t: torch.Tensor, like: torch.Tensor | None = None) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, allowed is a torch.Tensor")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name}: it is on {t.device}, allowed is the input's device {like.device}")
+
+
+def _check_matrix(name: str, t: torch.Tensor, multiple: int, dtypes: tuple[torch.dtype, ...] = INPUT_DTYPES) -> None:
+    _check_tensor(name, t)
     if t.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {_names((t.dtype,))}, allowed are {_names(dtypes)}")
     if t.dim() != 2:
@@ -48,30 +57,32 @@ def _check_layout(layout: int) -> SfLayout:
         raise ValueError(f"sfLayout: got {layout!r}, allowed are {allowed}") from None
 
 
-def _check_device(name: str, t: torch.Tensor, like: torch.Tensor) -> None:
-    if t.device != like.device:
-        raise ValueError(f"{name}: it is on {t.device}, allowed is the input's device {like.device}")
+def _check_weight(name: str, weight: Nvfp4Weight) -> None:
+    if not isinstance(weight, Nvfp4Weight):
+        raise TypeError(f"{name}: got {type(weight).__name__}, allowed is an Nvfp4Weight, which `quantize_weight` makes")
 
 
 def _check_bias(name: str, bias: torch.Tensor | None, like: torch.Tensor, shape: torch.Size) -> None:
     if bias is None:
         return
+    _check_tensor(name, bias, like)
     if bias.shape != shape:
         raise ValueError(f"{name}: got shape {list(bias.shape)}, allowed is {list(shape)}")
     if bias.dtype not in LINEAR_DTYPES:
         raise TypeError(f"{name}: got dtype {_names((bias.dtype,))}, allowed are {_names(LINEAR_DTYPES)}")
-    _check_device(name, bias, like)
 
 
 def _scalar_or_rows(name: str, scale: torch.Tensor | float, like: torch.Tensor, rows: int) -> torch.Tensor:
     """A scale as fp32 tensor [1] or [rows] on `like`'s device. A tensor is never read back, nor moved."""
     if not isinstance(scale, torch.Tensor):
-        if scale is None or not scale > 0:
-            raise ValueError(f"{name}: got {scale!r}, allowed are scales above 0")
+        if not isinstance(scale, Real):
+            raise TypeError(f"{name}: got {scale!r}, allowed is a number or a float32 tensor")
+        if not _SMALLEST <= scale <= FLOAT32_MAX:
+            raise ValueError(f"{name}: got {scale!r}, allowed are scales above 0 that float32 holds")
         return torch.full((1,), float(scale), dtype=torch.float32, device=like.device)
     if scale.dtype != torch.float32:
         raise TypeError(f"{name}: got dtype {_names((scale.dtype,))}, allowed is float32")
-    _check_device(name, scale, like)
+    _check_tensor(name, scale, like)
     if scale.numel() not in (1, rows):
         allowed = "1 element" if rows == 1 else f"1 or {rows} elements"
         raise ValueError(f"{name}: got {scale.numel()} elements, allowed are {allowed}")
@@ -82,11 +93,11 @@ def _check_index(index: torch.Tensor | None, like: torch.Tensor, dims: tuple[int
     name = "expanded_idx_to_permuted_idx"
     if index is None:
         return
+    _check_tensor(name, index, like)
     if index.dtype != torch.int32:
         raise TypeError(f"{name}: got dtype {_names((index.dtype,))}, allowed is int32")
     if index.dim() not in dims:
         raise ValueError(f"{name}: got shape {list(index.shape)}, allowed are {' or '.join(map(str, dims))} dimensions")
-    _check_device(name, index, like)
 
 
 def nvfp4_quantize(
@@ -159,9 +170,12 @@ def nvfp4_permute_quantize(
     _check_matrix("x", x, GROUP_SIZE)
     layout = _check_layout(sfLayout)
     index = expanded_idx_to_permuted_idx
+    _check_tensor("expanded_idx_to_permuted_idx", index)
     _check_index(index, x, (2,))
     if index.shape[0] != x.shape[0]:
         raise ValueError(f"expanded_idx_to_permuted_idx: got {index.shape[0]} tokens, allowed is x's {x.shape[0]}")
+    if not isinstance(rows, int | torch.SymInt):
+        raise TypeError(f"rows: got {rows!r}, allowed is an integer")
     if rows < 0:
         raise ValueError(f"rows: got {rows}, allowed are 0 and above")
     check_backend(backend, "permute_quantize")
@@ -208,25 +222,31 @@ def nvfp4_dequantize(
     x_q: uint8 [M, K/2]. sf: uint8 or float8_e4m3fn in `sfLayout`. global_scale: fp32 *decode* scale (1 / a_global_sf), one
     or M elements; None where per_token_scale fp32 [M] is given. Returns [M, K].
     """
+    _check_tensor("x_q", x_q)
     if x_q.dtype != torch.uint8 or x_q.dim() != 2 or x_q.shape[1] % (GROUP_SIZE // 2):
         raise ValueError(f"x_q: got {_names((x_q.dtype,))} {list(x_q.shape)}, allowed is uint8 [M, K/2], K a multiple of 16")
     layout = _check_layout(sfLayout)
     m, k = x_q.shape[0], 2 * x_q.shape[1]
-    if sf.dtype not in (torch.uint8, torch.float8_e4m3fn) or sf.numel() != torch.Size(sf_shape(m, k, layout)).numel():
+    _check_tensor("sf", sf, x_q)
+    expected = torch.Size(sf_shape(m, k, layout))
+    if sf.dtype not in (torch.uint8, torch.float8_e4m3fn) or sf.shape not in (expected, (expected.numel(),)):
         raise ValueError(
-            f"sf: got {_names((sf.dtype,))} {list(sf.shape)}, allowed is uint8 or float8_e4m3fn {list(sf_shape(m, k, layout))}"
+            f"sf: got {_names((sf.dtype,))} {list(sf.shape)}, allowed is uint8 or float8_e4m3fn {list(expected)}, or flat,"
             f" for x_q {list(x_q.shape)} in {layout.name}"
         )
+    if dtype not in DEQUANTIZED_DTYPES:
+        raise TypeError(f"dtype: got {dtype!r}, allowed are {_names(DEQUANTIZED_DTYPES)}")
     if (global_scale is None) == (per_token_scale is None):
         raise ValueError("global_scale: give it or per_token_scale, one of the two")
     if per_token_scale is not None:
+        _check_tensor("per_token_scale", per_token_scale)
         if per_token_scale.numel() != m:
             raise ValueError(f"per_token_scale: got {per_token_scale.numel()} elements, allowed is one a row, {m}")
         scale = _scalar_or_rows("per_token_scale", per_token_scale, x_q, m)
     else:
         assert global_scale is not None
         scale = _scalar_or_rows("global_scale", global_scale, x_q, m)
-    sf = sf.view(torch.uint8).reshape(sf_shape(m, k, layout))
+    sf = sf.view(torch.uint8).reshape(expected)
     return ops.dequantize(x_q, sf, scale, int(layout), dtype, backend)
 
 
@@ -256,6 +276,8 @@ def nvfp4_linear(
     bias: [N].
     backend: "cuda", "reference", or for W4A4 on SM100 and newer the GEMMs of others: "cublas", "flashinfer", "cute-dsl".
     """
+    _check_tensor("x", x)
+    _check_weight("weight", weight)
     if x.dtype not in LINEAR_DTYPES:
         raise TypeError(f"x: got dtype {_names((x.dtype,))}, allowed are {_names(LINEAR_DTYPES)}")
     _check_activation(activation, input_scale, "input_scale")
@@ -314,6 +336,8 @@ def nvfp4_fused_moe(
     apply_router_weight_on_input: multiply the token instead of the expert's output.
     """
     _check_matrix("x", x, GROUP_SIZE, LINEAR_DTYPES)
+    _check_weight("w13", w13)
+    _check_weight("w2", w2)
     _check_activation(activation, input_scales, "input_scales")
     check_backend(backend, "fused_moe")
     if act_fn not in ACT_FNS:
@@ -326,6 +350,8 @@ def nvfp4_fused_moe(
         raise ValueError(f"w13: got shape {list(w13.shape)}, allowed is {list(expected)} for w2 {list(w2.shape)}, {act_fn!r}")
     if x.shape[1] != hidden:
         raise ValueError(f"x: got shape {list(x.shape)}, allowed is [M, {hidden}]")
+    for name, t in (("w13", w13.data), ("w2", w2.data), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        _check_tensor(name, t, x)
     if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"topk_ids, topk_weights: got shapes {list(topk_ids.shape)} and {list(topk_weights.shape)}, allowed is"
@@ -333,18 +359,18 @@ def nvfp4_fused_moe(
         )
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"topk_ids: got dtype {_names((topk_ids.dtype,))}, allowed are int32 and int64")
-    for name, t in (("w13", w13.data), ("w2", w2.data), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-        _check_device(name, t, x)
     scale13 = scale2 = None
     if input_scales is not None:
+        if not isinstance(input_scales, tuple | list) or len(input_scales) != 2:
+            raise TypeError(f"input_scales: got {input_scales!r}, allowed is one scale for each of the two products")
         scale13, scale2 = (_scalar_or_rows(f"input_scales[{i}]", s, x, experts) for i, s in enumerate(input_scales))
     _check_bias("w13_bias", w13_bias, x, w13.shape[:-1])
     _check_bias("w2_bias", w2_bias, x, w2.shape[:-1])
     if expert_map is not None:
+        _check_tensor("expert_map", expert_map, x)
         if expert_map.dtype not in (torch.int32, torch.int64) or expert_map.dim() != 1:
             got = f"{_names((expert_map.dtype,))} {list(expert_map.shape)}"
             raise ValueError(f"expert_map: got {got}, allowed is int32 [global experts]")
-        _check_device("expert_map", expert_map, x)
     return ops.fused_moe(
         x,
         w13.data,

@@ -31,6 +31,8 @@ class Nvfp4Weight:
     def __post_init__(self) -> None:
         if self.data.dtype != torch.uint8 or self.data.dim() not in (2, 3):
             raise ValueError(f"data: got {self.data.dtype} {list(self.data.shape)}, allowed is uint8 [N, K/2] or [E, N, K/2]")
+        if self.data.shape[-1] * 2 % GROUP_SIZE:
+            raise ValueError(f"data: K is {self.data.shape[-1] * 2}, allowed are multiples of {GROUP_SIZE}")
         expected = (*self.data.shape[:-1], self.data.shape[-1] * 2 // GROUP_SIZE)
         if self.scales.dtype != torch.float8_e4m3fn or tuple(self.scales.shape) != expected:
             raise ValueError(
@@ -46,6 +48,9 @@ class Nvfp4Weight:
                 f"global_scale: got {self.global_scale.dtype} {list(self.global_scale.shape)}, allowed is float32"
                 f" {list(experts)} or {[*experts, rows]} for data {list(self.data.shape)}"
             )
+        for name, t in (("scales", self.scales), ("global_scale", self.global_scale), ("fp8_fold", self.fp8_fold)):
+            if t is not None and t.device != self.data.device:
+                raise ValueError(f"{name}: it is on {t.device}, allowed is the device of data, {self.data.device}")
 
     @property
     def shape(self) -> torch.Size:
@@ -112,6 +117,8 @@ def quantize_weight(
     A matrix of zeros gets the global scale 1. Raises TypeError for another dtype, ValueError for another shape or search
     and for a weight or global scale that is not finite (this reads one number back from the device).
     """
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, allowed is a torch.Tensor")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"weight: got {weight.dtype}, allowed are float32, float16 and bfloat16")
     if weight.dim() not in (2, 3):
@@ -139,6 +146,8 @@ def quantize_weight(
         encode_scale = encode_scale.clamp(max=torch.finfo(torch.float32).max)
         decode_scale = 1.0 / encode_scale
     else:
+        if isinstance(global_scale, torch.Tensor) and global_scale.device != weight.device:
+            raise ValueError(f"global_scale: it is on {global_scale.device}, allowed is the weight's device {weight.device}")
         decode_scale = torch.as_tensor(global_scale, dtype=torch.float32, device=weight.device)
         if tuple(decode_scale.shape) != tuple(experts):
             if decode_scale.numel() != 1:

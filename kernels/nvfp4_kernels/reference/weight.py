@@ -73,11 +73,13 @@ def search_scales(weight: torch.Tensor, encode_scale: torch.Tensor, *, scale_sea
     for matrix, g, matrix_data, matrix_sf in zip(
         weight.flatten(0, -3) if weight.dim() > 2 else weight[None],
         encode_scale.reshape(-1),
-        data.view(-1, *data.shape[-2:]),
-        sf.view(-1, *sf.shape[-2:]),
+        data.flatten(0, -3) if data.dim() > 2 else data[None],
+        sf.flatten(0, -3) if sf.dim() > 2 else sf[None],
         strict=True,
     ):
-        blocks, block_data, block_sf = matrix.reshape(-1, GROUP_SIZE), matrix_data.view(-1, GROUP_SIZE // 2), matrix_sf.view(-1)
+        block_sf = matrix_sf.view(-1)
+        blocks = matrix.reshape(len(block_sf), GROUP_SIZE)
+        block_data = matrix_data.view(len(block_sf), GROUP_SIZE // 2)
         for start in range(0, blocks.shape[0], _CHUNK_BLOCKS):
             chunk = slice(start, start + _CHUNK_BLOCKS)
             block_data[chunk], block_sf[chunk] = _search_blocks(blocks[chunk].to(torch.float32), g, scale_search)
