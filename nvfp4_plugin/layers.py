@@ -208,7 +208,8 @@ def load_linear(
 ) -> Nvfp4Weight:
     """The weight of a layer from a checkpoint's tensors: codes [N, K/2], scales [N, K/16], stored global scales [P].
 
-    What was never loaded is NaN (see `unloaded`) and raises ValueError naming the tensor.
+    ValueError naming the tensor if a scale is not finite, or a global one not above 0. Whether all values came is for the
+    frameworks' sides to count: codes do not show it, and scales only in storage that was `unloaded`.
     """
     decode = _checked_scales(scales[None], global_scales[None], widths, [parts], names, describe)
     return _assemble(data[None], scales[None], decode, widths, stacked=False)
@@ -258,7 +259,7 @@ def load_input_scales(
     stored: torch.Tensor, parts: Callable[[int], Sequence[str]], names: TensorNames, *, describe: Describe = str
 ) -> torch.Tensor:
     """Static input scales [E, P] as stored to decode scales fp32 [E]: the logical matrices of a layer read the same input,
-    so the largest of theirs serves all of them. What was never loaded raises ValueError naming the tensor."""
+    so the largest of theirs serves all of them. ValueError naming the tensor of one that is not a finite number above 0."""
     decode = names.decode(stored)
     good = decode.isfinite() & (decode > 0)
     if not bool(good.all()):
@@ -269,13 +270,14 @@ def load_input_scales(
 
 
 def _refuse(tensor: str, value: float, allowed: str) -> None:
-    # NaN is what `unloaded` leaves where no tensor arrived.
+    # NaN is also what `unloaded` leaves where no tensor arrived.
     got = "it is missing from the checkpoint, or NaN" if value != value else f"got {value}"
     raise ValueError(f"{tensor}: {got}; allowed: {allowed}")
 
 
 def unloaded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Storage for a tensor of the checkpoint; a float8 or float tensor holds NaN until something is loaded into it."""
+    """Storage for a tensor of the checkpoint; a float8 or float tensor holds NaN until something is loaded into it. vLLM makes
+    storage of its own when it reloads, which holds anything."""
     if dtype == torch.float8_e4m3fn:
         return torch.full(shape, 0x7F, dtype=torch.uint8).view(dtype)
     if dtype.is_floating_point:

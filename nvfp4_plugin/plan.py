@@ -112,6 +112,12 @@ class QuantizationPlan:
         """Whether the layers need the checkpoint's static input scales at run time."""
         return self.options.activation == "nvfp4_per_tensor"
 
+    @property
+    def required(self) -> list[str]:
+        """The tensors of a quantized module that its layer needs: input scales may be missing where they are not used."""
+        names = self.names
+        return [names.weight, names.scale, names.global_scale, *([names.input_scale] if self.uses_input_scales else [])]
+
     def inspect(self, model: str, revision: str | None = None) -> None:
         """Read the headers of `model` if it is on this machine. ValueError naming tensor and file if it cannot be served."""
         if self._index is not None:

@@ -26,7 +26,8 @@ _HOOKS = {
     "model_executor/layers/fused_moe/routed_experts.py": ("RoutedExperts", "FusedMoeWeightScaleSupported"),
     "model_executor/layers/fused_moe/router/gate_linear.py": ("GateLinear",),
     "model_executor/model_loader/reload/layerwise.py": ("initialize_online_processing", "get_layerwise_info"),
-    "model_executor/model_loader/reload/utils.py": ("get_layer_size",),
+    "model_executor/model_loader/reload/meta.py": ("CopyCounter",),
+    "model_executor/model_loader/reload/utils.py": ("get_layer_size", "get_tensor_load_numel"),
     "model_executor/parameter.py": ("ModelWeightParameter", "GroupQuantScaleParameter", "PerTensorScaleParameter"),
 }
 """What this plugin uses of vLLM, file by file. They are read instead of imported, which would cost every process seconds."""

@@ -28,9 +28,7 @@ from nvfp4_kernels.formats import GROUP_SIZE
 from .. import layers
 from ..plan import QuantizationPlan
 from ..warmup import warm_up_fused_linear, warm_up_linear
-
-Layer = Any
-"""A module of vLLM's. To a type checker its attributes, which come as it is built, would be tensors or modules."""
+from .loading import Layer, Received, counted
 
 
 def loads_dummy_weights() -> bool:
@@ -73,8 +71,26 @@ def _load_plain(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, 
     return getattr(layer, layer.quant_method.loader)(param, loaded_weight, *args, **kwargs)
 
 
+@counted
+def _load_counted(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own weight loader. A method of the layer: see `_load_plain`."""
+    return getattr(layer, layer.quant_method.loader)(param, loaded_weight, *args, **kwargs)
+
+
+def _set_rows(layer: Layer, *parameters: torch.Tensor) -> None:
+    """Tell vLLM how many values of these parameters a checkpoint holds: the padded end of a vocabulary is in none."""
+    if isinstance(layer, ParallelLMHead):
+        vocabulary = layer.shard_indices
+        rows = vocabulary.org_vocab_end_index - vocabulary.org_vocab_start_index
+        for parameter in parameters:
+            set_weight_attrs(parameter, {"weight_loader_numel": rows * parameter.shape[1]})
+
+
 class _LinearMethod(LinearMethodBase):
     """What both methods share: the forward pass, and the parameters that it reads."""
+
+    loader: str
+    """The name of the layer's own weight loader."""
 
     def __init__(self, plan: QuantizationPlan, prefix: str, packed: PackedModules, fused: bool) -> None:
         self.plan = plan
@@ -150,11 +166,11 @@ class Nvfp4LinearMethod(_LinearMethod):
     ) -> None:
         n, k = sum(output_partition_sizes), input_size_per_partition
         self._set_up(layer, k, output_partition_sizes, params_dtype)
-        names, loader = self.plan.names, extra_weight_attrs["weight_loader"]
-        layer.register_parameter(
-            names.weight,
-            ModelWeightParameter(data=codes(n, k // 2), input_dim=1, output_dim=0, weight_loader=loader),
-        )
+        self.loader = extra_weight_attrs["weight_loader"].__name__
+        self.received = Received()
+        names, loader = self.plan.names, MethodType(_load_counted, layer)
+        weight = ModelWeightParameter(data=codes(n, k // 2), input_dim=1, output_dim=0, weight_loader=loader)
+        layer.register_parameter(names.weight, weight)
         scale = GroupQuantScaleParameter(
             data=layers.unloaded(n, k // GROUP_SIZE, dtype=torch.float8_e4m3fn),
             input_dim=1,
@@ -163,6 +179,7 @@ class Nvfp4LinearMethod(_LinearMethod):
         )
         set_weight_attrs(scale, {"dummy_weight_value": 1.0})
         layer.register_parameter(names.scale, scale)
+        _set_rows(layer, weight, scale)
         scalars = [names.global_scale, *([names.input_scale] if self.plan.static_activations else [])]
         for name in scalars:
             # One for each logical matrix.
@@ -176,6 +193,7 @@ class Nvfp4LinearMethod(_LinearMethod):
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         self.plan.warn_unmatched()
+        self.received.check(layer, self.prefix, self.plan.required, self._dummy)
         names, parts = self.plan.names, self._parts(layer)
         weight = layers.load_linear(
             getattr(layer, names.weight).data,
@@ -198,8 +216,6 @@ class Nvfp4OnlineLinearMethod(_LinearMethod):
     """A layer whose plain weight is quantized as soon as it is whole; until then it takes no memory."""
 
     uses_meta_device = True
-    loader: str
-    """The name of the layer's own weight loader."""
     _tied = False
 
     def create_weights(
@@ -221,11 +237,7 @@ class Nvfp4OnlineLinearMethod(_LinearMethod):
             weight_loader=MethodType(_load_plain, layer),
         )
         self.loader = extra_weight_attrs["weight_loader"].__name__
-        if isinstance(layer, ParallelLMHead):
-            # The padded end of the vocabulary is in no checkpoint.
-            vocabulary = layer.shard_indices
-            rows = vocabulary.org_vocab_end_index - vocabulary.org_vocab_start_index
-            set_weight_attrs(weight, {"weight_loader_numel": rows * k})
+        _set_rows(layer, weight)
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
 

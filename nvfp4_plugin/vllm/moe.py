@@ -25,7 +25,8 @@ from nvfp4_kernels.reference.moe import ACT_FNS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LI
 from .. import layers
 from ..plan import QuantizationPlan
 from ..warmup import warm_up_moe
-from .linear import Layer, check_loaded, codes, loads_dummy_weights
+from .linear import check_loaded, codes, loads_dummy_weights
+from .loading import Layer, Received, counted
 
 
 class _MoEMethod(FusedMoEMethodBase):
@@ -149,21 +150,18 @@ class Nvfp4MoEMethod(_MoEMethod):
                 f"{layer.layer_name}: experts with gate and up rows in turn (swigluoai) can be quantized while they load, "
                 "but not loaded from an NVFP4 checkpoint, whose scales are gate's and up's own"
             )
-        names = self.plan.names
+        self.received = Received()
+        names, attrs = self.plan.names, {**extra_weight_attrs, "weight_loader": MethodType(_load_counted, layer)}
         for prefix, k in (("w13", hidden_size), ("w2", intermediate_size_per_partition)):
             n, shards = sum(self._widths[prefix]), self.moe.w13_num_shards if prefix == "w13" else 1
             # w2 has one value for each expert, w13 one for each of its matrices.
             scalars = (num_experts, shards) if prefix == "w13" else (num_experts,)
-            self._parameter(layer, f"{prefix}_{names.weight}", codes(num_experts, n, k // 2), extra_weight_attrs)
+            self._parameter(layer, f"{prefix}_{names.weight}", codes(num_experts, n, k // 2), attrs)
             self._parameter(
                 layer,
                 f"{prefix}_{names.scale}",
                 layers.unloaded(num_experts, n, k // GROUP_SIZE, dtype=torch.float8_e4m3fn),
-                {
-                    **extra_weight_attrs,
-                    "quant_method": FusedMoeWeightScaleSupported.BLOCK.value,
-                    "dummy_weight_value": 1.0,
-                },
+                {**attrs, "quant_method": FusedMoeWeightScaleSupported.BLOCK.value, "dummy_weight_value": 1.0},
             )
             tensor_attrs = {
                 **extra_weight_attrs,
@@ -185,6 +183,8 @@ class Nvfp4MoEMethod(_MoEMethod):
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         self.plan.warn_unmatched()
+        required = [f"{prefix}_{name}" for prefix in self._widths for name in self.plan.required]
+        self.received.check(layer, layer.layer_name, required, self._dummy)
         names = self.plan.names
         for prefix, widths in self._widths.items():
             parts = self._parts(layer, prefix)
@@ -207,6 +207,15 @@ class Nvfp4MoEMethod(_MoEMethod):
         self._finish(layer)
 
 
+@counted
+def _load_counted(
+    layer: Layer, param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
+) -> bool | None:
+    """The layer's own weight loader. A method of the layer: see `linear._load_plain`."""
+    return layer.weight_loader(param, loaded_weight, *args, **kwargs)
+
+
+@counted
 def _load_scalar(
     layer: Layer,
     param: torch.nn.Parameter,
@@ -229,6 +238,7 @@ def _load_scalar(
     return expert != -1 if return_success else None
 
 
+_load_counted.supports_moe_loading = True  # type: ignore[attr-defined]
 _load_scalar.supports_moe_loading = True  # type: ignore[attr-defined]
 
 

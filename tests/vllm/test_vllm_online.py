@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PROMPT, save, tiny_model
+from checkpoints import PROMPT, save, save_modelopt, tiny_model
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vllm_engine import SETTINGS, engine, log_lines, logprobs, modules
@@ -116,6 +117,69 @@ def test_reload_keeps_the_tensors_and_refreshes_what_is_derived(form: str, check
         assert torch.equal(logprobs(llm, PROMPT), expected)
 
 
+@pytest.mark.parametrize("missing", ["weight", "weight_scale", "weight_scale_2"])
+@pytest.mark.parametrize(
+    ("kind", "module", "layer", "prefix"),
+    [
+        ("llama", "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.qkv_proj", ""),
+        ("qwen3_moe", "model.layers.1.mlp.experts.5.up_proj", "model.layers.1.mlp.experts", "w13_"),
+    ],
+)
+def test_reload_of_a_checkpoint_that_lacks_a_tensor(
+    missing: str, kind: str, module: str, layer: str, prefix: str, checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny_model(kind, seed=1), "modelopt", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{module}.{missing}"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    empty_strided = torch.empty_strided
+
+    def plausible(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """The memory that vLLM reloads into, full of what could be codes and scales."""
+        tensor = empty_strided(*args, **kwargs)
+        if not tensor.is_meta:
+            tensor.untyped_storage().fill_(0x38)
+        return tensor
+
+    with engine(checkpoint(kind, "modelopt")) as llm:
+        monkeypatch.setattr(torch, "empty_strided", plausible)
+        with pytest.raises(ValueError, match=rf"^{layer}: only some .* came: \d+ of \d+ of {prefix}{missing}$"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+
+
+def test_head_of_a_padded_vocabulary_loads_and_reloads(tmp_path: Path) -> None:
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    def save_with_head(seed: int) -> tuple[Path, dict[str, torch.Tensor]]:
+        model = tiny_model("llama", seed=seed, vocab_size=300)
+        weight = quantize_weight(model.weights.pop("lm_head.weight"))
+        head = {
+            "weight": weight.data,
+            "weight_scale": weight.scales,
+            "weight_scale_2": weight.global_scale,
+            "input_scale": torch.tensor(0.01),
+        }
+        model.weights |= {f"lm_head.{name}": tensor for name, tensor in head.items()}
+        return save_modelopt(model, tmp_path / str(seed), ignore=[]), head
+
+    other, tensors = save_with_head(1)
+    with engine(other) as llm:
+        expected = logprobs(llm, PROMPT)
+    with engine(save_with_head(0)[0]) as llm:
+        head = modules(llm)["lm_head"]
+        assert head.weight.shape == (320, 32)
+        assert not torch.equal(logprobs(llm, PROMPT), expected)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        assert torch.equal(logprobs(llm, PROMPT), expected)
+        initialize_layerwise_reload(head)
+        for name, tensor in tensors.items():
+            assert head.weight.is_meta
+            parameter = getattr(head, name)
+            parameter.weight_loader(parameter, tensor)
+        assert not head.weight.is_meta  # vLLM waits for nothing else
+        assert torch.equal(logprobs(llm, PROMPT), expected)
+
+
 def _places(llm: Any) -> dict[str, tuple[int, int]]:
     """Which object each parameter is, and where its memory lies."""
     return {
@@ -209,6 +273,21 @@ def test_experts_come_again_in_any_order_and_in_tensors_of_all_experts(checkpoin
         initialize_layerwise_reload(layer)
         with pytest.raises(ValueError, match=rf"{block}.6.down_proj.weight.*: .* values are NaN"):
             one_twice(layer)
+
+
+def test_a_quantized_expert_that_comes_twice_stands_for_no_other(checkpoint) -> None:
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    folder, block = checkpoint("qwen3_moe", "modelopt"), BLOCKS[1]
+    tensors = {name: t for name, t in load_file(folder / "model.safetensors").items() if name.startswith(block)}
+    names = [name.removeprefix(f"{block}.").replace("6.down_proj.weight", "5.down_proj.weight") for name in tensors]
+    with engine(folder) as llm:
+        layer = modules(llm)[f"{block}.routed_experts"]
+        initialize_layerwise_reload(layer)
+        with pytest.raises(
+            ValueError, match=r"came: \d+ of \d+ of w2_weight, .* of w2_weight_scale, 7 of 8 of w2_weight_scale_2$"
+        ):
+            list(layer.load_weights(zip(names, tensors.values(), strict=True)))
 
 
 def test_dummy_experts_can_be_loaded_over(checkpoint) -> None:

@@ -18,12 +18,16 @@ def one_rank(checkpoint) -> torch.Tensor:
         return logprobs(llm, PROMPT)
 
 
-@pytest.mark.parametrize(("form", "experts"), [("bf16", True), ("bf16", False), ("compressed_tensors", False)])
+@pytest.mark.parametrize(
+    ("form", "experts"), [("bf16", True), ("bf16", False), ("modelopt", True), ("compressed_tensors", False)]
+)
 def test_two_ranks_equal_one(form: str, experts: bool, one_rank: torch.Tensor, checkpoint) -> None:
     folder = checkpoint("qwen2_moe", form)
     with engine(folder, OPTIONS, tensor_parallel_size=2, enable_expert_parallel=experts) as llm:
         # A rank quantizes its shard with the scale of the whole matrix: the difference is the order of sums alone, and a
         # code here and there where a reciprocal was rounded twice.
+        torch.testing.assert_close(logprobs(llm, PROMPT), one_rank, rtol=0, atol=1e-3)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         torch.testing.assert_close(logprobs(llm, PROMPT), one_rank, rtol=0, atol=1e-3)
 
 

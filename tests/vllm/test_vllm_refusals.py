@@ -13,6 +13,8 @@ from checkpoints import save_compressed_tensors, save_modelopt, tiny_model
 from safetensors.torch import load_file, save_file
 from vllm_engine import engine
 
+from nvfp4_plugin.checkpoint import CheckpointIndex
+
 pytestmark = pytest.mark.vllm
 
 Tensors = dict[str, torch.Tensor]
@@ -95,11 +97,24 @@ def test_scales_that_are_no_numbers(form: str, kind: str, module: str, tmp_path:
     refused(edit(SAVERS[form](model, tmp_path / "e4m3"), nan), rf"{module}.weight_scale \(.*NaN; allowed: e4m3 numbers")
 
 
-def test_input_scale_that_is_no_number(tmp_path: Path) -> None:
-    folder = edit(save_modelopt(tiny_model("llama"), tmp_path), lambda tensors: tensors[f"{DOWN}.input_scale"].fill_(0.0))
-    refused(folder, rf"{DOWN}.input_scale \(.*; allowed: a finite number above 0", {"activation": "nvfp4_per_tensor"})
-    with engine(folder, {"activation": "nvfp4_per_token"}):  # which has no use for it
-        pass
+@pytest.mark.parametrize(("kind", "module"), [("llama", DOWN), ("qwen3_moe", EXPERT)])
+def test_codes_that_are_missing_where_no_header_tells(
+    kind: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edit(save_modelopt(tiny_model(kind), tmp_path), lambda tensors: tensors.pop(f"{module}.weight"))
+    monkeypatch.setattr(CheckpointIndex, "find", lambda model, revision=None: None)  # as before a download
+    layer = module.partition(".5.")[0]
+    refused(folder, rf"{layer}: only some of this layer's values came: \d+ of \d+ of (w13_)?weight$")
+
+
+def test_input_scale_that_is_missing_or_no_number(tmp_path: Path) -> None:
+    zero = edit(save_modelopt(tiny_model("llama"), tmp_path / "0"), lambda tensors: tensors[f"{DOWN}.input_scale"].fill_(0.0))
+    refused(zero, rf"{DOWN}.input_scale \(.*; allowed: a finite number above 0", {"activation": "nvfp4_per_tensor"})
+    missing = edit(save_modelopt(tiny_model("llama"), tmp_path / "no"), lambda tensors: tensors.pop(f"{DOWN}.input_scale"))
+    refused(missing, rf"{DOWN}: only some .* came: 0 of 1 of input_scale$", {"activation": "nvfp4_per_tensor"})
+    for folder in (zero, missing):
+        with engine(folder, {"activation": "nvfp4_per_token"}):  # which has no use for it
+            pass
 
 
 def test_truncated_file(tmp_path: Path) -> None:
