@@ -59,7 +59,8 @@ def warm_up_linear(
 ) -> None:
     """Compile what a dense layer of `shape` [N, K] runs, which `call` takes x [rows, K] through; log which kernels these are.
 
-    `variant`: what else tells layers of this shape apart for the kernels.
+    `variant`: what else tells layers of this shape apart for the kernels, and the options that choose kernels: another model
+    in this process may have others.
     """
     n, k = shape
     what = f"layers of {n} x {k}"
@@ -116,6 +117,7 @@ def warm_up_moe(
     """Compile what experts run, of `shape` [E, 2I, K], of which a token takes `top_k` of `experts`, those of all ranks.
 
     `call` takes x [rows, K], the router's weights fp32 [rows, top_k] and its choices int32 [rows, top_k] through them.
+    `variant` as in `warm_up_linear`.
     """
 
     def run(rows: int) -> object:

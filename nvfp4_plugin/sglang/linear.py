@@ -99,6 +99,8 @@ class _LinearMethod(LinearMethodBase):
             weight.data.device,
             self._activation,
             lambda x: self.apply(layer, x, bias),
+            self._activation,
+            self._backend,
             bias is not None,
             weight.global_scale.dim(),
         )

@@ -212,7 +212,12 @@ class _MoEMethod(FusedMoEMethodBase):
             self._dtype,
             w13.data.device,
             lambda x, topk_weights, topk_ids: self._experts(layer, x, topk_weights, topk_ids),
+            self._activation,
+            self._backend,
+            self._act_fn,
             w13.global_scale.dim(),
+            hasattr(layer, "w13_weight_bias"),
+            self.moe_runner_config.apply_router_weight_on_input,
             experts=layer.num_local_experts,
             top_k=layer.top_k,
         )

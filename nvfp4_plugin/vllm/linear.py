@@ -132,7 +132,7 @@ class _LinearMethod(LinearMethodBase):
             )
 
         arguments = (weight.shape, layer.orig_dtype, weight.data.device)
-        variant = (layer.bias is not None, weight.global_scale.dim())
+        variant = (self._activation, self._backend, layer.bias is not None, weight.global_scale.dim())
         warm_up_linear(*arguments, self._activation, lambda x: self.apply(layer, x, bias()), *variant)
         if self._fused and isinstance(layer, LinearBase):
             # What torch.compile will find before this layer is not known here: most likely this.

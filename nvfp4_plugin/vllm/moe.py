@@ -96,8 +96,13 @@ class _MoEMethod(FusedMoEMethodBase):
             layer.orig_dtype,
             w13.data.device,
             lambda x, topk_weights, topk_ids: self.apply(layer, x, topk_weights, topk_ids, None, None),
+            self._activation,
+            self._backend,
+            self._act_fn,
             w13.global_scale.dim(),
+            layer.w13_bias is not None,
             layer.expert_map is not None,
+            layer.apply_router_weight_on_input,
             experts=layer.global_num_experts,
             top_k=layer.top_k,
         )

@@ -189,6 +189,23 @@ def _places(llm: Any) -> dict[str, tuple[int, int]]:
     }
 
 
+def test_models_of_other_options_are_compiled_for_again(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warming up passes over what it has done. On a CPU it does nothing: here is what it is told to tell layers apart by."""
+    from nvfp4_plugin.vllm import linear, moe
+
+    told: set[tuple[Any, ...]] = set()
+    monkeypatch.setattr(linear, "warm_up_linear", lambda *args: told.add(("linear", args[0], *args[5:])))
+    monkeypatch.setattr(moe, "warm_up_moe", lambda *args, **kwargs: told.add(("moe", args[0], *args[4:])))
+    before: set[tuple[Any, ...]] = set()
+    for options in ({"activation": "none"}, {"activation": "fp8_per_token"}, {"activation": "none", "backend": "reference"}):
+        told.clear()
+        with engine(checkpoint("qwen2_moe", "modelopt"), options, load_format="dummy"):
+            pass
+        assert {kind for kind, *_ in told} == {"linear", "moe"}
+        assert not told & before
+        before |= told
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Experts
 
