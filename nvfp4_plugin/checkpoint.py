@@ -20,6 +20,11 @@ from nvfp4_kernels.formats import GROUP_SIZE
 
 INDEX_FILE = "model.safetensors.index.json"
 
+PACKED = "U8"
+"""What headers call the type of NVFP4 codes, two in a byte."""
+PLAIN = ("BF16", "F16", "F32", "F64")
+"""What headers call the types of weights that need no scales, and of scales themselves but for those of blocks."""
+
 
 @dataclass(frozen=True)
 class TensorNames:
@@ -99,14 +104,15 @@ class CheckpointIndex:
         file = self.file_of(tensor)
         return f"{tensor} ({file})" if file else tensor
 
-    def holds(self, module: str) -> bool:
-        """Whether the checkpoint has a weight of `module`, quantized or not."""
-        return any(f"{module}.{names.weight}" in self.tensors for names in (MODELOPT, COMPRESSED_TENSORS))
+    def weight_of(self, module: str) -> TensorInfo | None:
+        """The weight of `module`, quantized or not; None where the checkpoint has none under this name."""
+        found = (self.tensors.get(f"{module}.{names.weight}") for names in (MODELOPT, COMPRESSED_TENSORS))
+        return next((info for info in found if info is not None), None)
 
     def is_quantized(self, module: str) -> bool:
         """Whether the checkpoint holds `module` in NVFP4."""
-        scale = self.tensors.get(f"{module}.{MODELOPT.scale}")
-        return scale is not None and scale.dtype == "F8_E4M3" and self._weight_of(module) is not None
+        weight, scale = self.weight_of(module), self.tensors.get(f"{module}.{MODELOPT.scale}")
+        return weight is not None and weight.dtype == PACKED and scale is not None and scale.dtype == "F8_E4M3"
 
     def quantized_modules(self) -> list[str]:
         """The modules that the checkpoint holds in NVFP4."""
@@ -114,18 +120,11 @@ class CheckpointIndex:
         modules = (name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix))
         return [module for module in modules if self.is_quantized(module)]
 
-    def _weight_of(self, module: str) -> str | None:
-        for names in (MODELOPT, COMPRESSED_TENSORS):
-            info = self.tensors.get(f"{module}.{names.weight}")
-            if info is not None and info.dtype == "U8":
-                return f"{module}.{names.weight}"
-        return None
-
     def check(self, names: TensorNames) -> None:
         """ValueError naming tensor and file where a quantized module lacks one of its tensors or has one of another shape."""
         for tensor, info in self.tensors.items():
             module, _, last = tensor.rpartition(".")
-            if last == names.weight and info.dtype == "U8":
+            if last == names.weight and info.dtype == PACKED:
                 self._check_module(module, info, names)
             elif last == names.scale and info.dtype == "F8_E4M3" and f"{module}.{names.weight}" not in self.tensors:
                 raise ValueError(f"{tensor} in {info.file} has no weight beside it: {module}.{names.weight} is missing")

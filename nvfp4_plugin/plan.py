@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nvfp4_configs import CheckpointFormat, Nvfp4Config, PackedModules
-from nvfp4_configs.patterns import parts_of
+from nvfp4_configs.patterns import matches, parts_of
 
-from .checkpoint import MODELOPT, CheckpointIndex, TensorNames, tensor_names
+from .checkpoint import MODELOPT, PACKED, PLAIN, CheckpointIndex, TensorNames, tensor_names
 
 logger = logging.getLogger("nvfp4_plugin")
 
@@ -160,21 +160,50 @@ class QuantizationPlan:
         """Whether the module `name` runs in NVFP4; `packed` maps fused modules to their parts.
 
         Routers and the language-model head stay as they are unless the options (`lm_head`) or the checkpoint itself say
-        otherwise. ValueError where `ignore` means only some parts of a fused module.
+        otherwise. ValueError where `ignore` means only some parts of a fused module, or the checkpoint's weights do not fit.
         """
         self._asked[name] = packed or {}
         options = self.options.model_copy(update={"ignore": _renamed(self.options.ignore, self._mappers)})
         if options.ignores(name, packed):
-            return False
-        if self.online:
-            return not router and (not lm_head or options.lm_head)
-        if self.format.ignores(name, packed):
-            return False
-        if router or lm_head:
-            if self._index is not None:
-                return self._index.is_quantized(self._in_checkpoint(name))
-            return lm_head
-        return True
+            quantized = False
+        elif self.online:
+            quantized = not router and (not lm_head or options.lm_head)
+        elif self.format.ignores(name, packed):
+            quantized = False
+        elif router or lm_head:
+            quantized = lm_head if self._index is None else self._index.is_quantized(self._in_checkpoint(name))
+        else:
+            quantized = True
+        self._check_weights(name, packed, options.ignore, quantized)
+        return quantized
+
+    def _check_weights(self, name: str, packed: PackedModules | None, ignore: Sequence[str], quantized: bool) -> None:
+        """ValueError where the checkpoint holds the module `name`, or a part of it, in another form than it is read in."""
+        if self._index is None:
+            return
+        wanted = (PACKED,) if quantized and not self.online else PLAIN
+        # A fused module may be fused in the checkpoint, too.
+        named = {part: self._in_checkpoint(part) for part in (name, *parts_of(name, packed))}
+        held = {part: weight for part, module in named.items() if (weight := self._index.weight_of(module)) is not None}
+        wrong = [part for part, weight in held.items() if weight.dtype not in wanted]
+        if not wrong:
+            return
+        part, weight = wrong[0], held[wrong[0]]
+        module = named[part]
+        if wanted == PLAIN:
+            patterns = ignore if self._format is None else (*ignore, *self._format.ignore)
+            pattern = next((pattern for pattern in patterns if matches(pattern, name) or matches(pattern, part)), None)
+            taken = "taken for unquantized" if pattern is None else f"ignored by {pattern!r}"
+            form = "in NVFP4" if weight.dtype == PACKED else f"as {weight.dtype}"
+            raise ValueError(f"{module}: {taken}, but {weight.file} holds it {form}")
+        if len(wrong) < len(held):
+            other = next(named[part] for part in held if part not in wrong)
+            what = f"but {other} is in NVFP4: they run as one layer, which cannot be half quantized"
+        elif weight.dtype in PLAIN:
+            what = f"not in NVFP4: add {name!r} to `ignore` to serve it as it is"
+        else:
+            what = f"allowed: {PACKED} (NVFP4)"
+        raise ValueError(f"{module}.{MODELOPT.weight} in {weight.file} is {weight.dtype}, {what}")
 
     def warn_unmatched(self) -> None:
         """Once, after the whole model has been built: a warning for every entry of the options' `ignore` that meant nothing."""
@@ -200,7 +229,7 @@ class QuantizationPlan:
     def expert_projections(self, name: str) -> tuple[str, str, str]:
         """What the checkpoint calls the gate, up and down projections of the routed experts `name`."""
         for projections in EXPERT_PROJECTIONS:
-            if self._index is not None and self._index.holds(self._in_checkpoint(f"{name}.0.{projections[0]}")):
+            if self._index is not None and self._index.weight_of(self._in_checkpoint(f"{name}.0.{projections[0]}")):
                 return projections
         return EXPERT_PROJECTIONS[0]
 

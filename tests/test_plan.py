@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import FORMS, MODELOPT_IGNORE, save, save_multimodal, tiny_model
+from safetensors.torch import load_file, save_file
 
 from nvfp4_configs import Nvfp4Config
 from nvfp4_plugin import layers
@@ -137,6 +141,82 @@ def test_half_of_a_fused_layer_is_refused() -> None:
         plan(ignore=["*.q_proj"]).quantizes("model.layers.0.self_attn.qkv_proj", QKV)
 
 
+@pytest.mark.parametrize("form", ["modelopt", "compressed_tensors"])
+@pytest.mark.parametrize("owner", ["options", "checkpoint"])
+def test_ignored_modules_that_the_checkpoint_holds_in_nvfp4(form: str, owner: str, tmp_path: Path) -> None:
+    folder = save(tiny_model("qwen3_moe"), form, tmp_path)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    ignore = ["*.o_proj", "*.qkv_proj", "*.experts.*"]
+    made = plan(config, ignore=ignore) if owner == "options" else plan({**config, "ignore": ignore})
+    layer = "model.layers.1"
+    experts = {"experts": expert_parts(8, ["gate_proj", "up_proj", "down_proj"])}
+    asked = [("self_attn.o_proj", None), ("self_attn.qkv_proj", QKV), ("mlp.experts", experts)]
+    for name, packed in asked:  # nothing is known of a model that is not on this machine
+        assert not made.quantizes(f"{layer}.{name}", packed)
+    made.inspect(str(folder))
+    for (name, packed), part, pattern in zip(asked, ["o_proj", "q_proj", "experts.0.gate_proj"], ignore, strict=True):
+        module = f"{layer}.{name.rpartition('.')[0]}.{part}"
+        message = f"{module}: ignored by {pattern!r}, but {folder}/model.safetensors holds it in NVFP4"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            made.quantizes(f"{layer}.{name}", packed)
+    untouched = plan(config, ignore=["lm_head"])
+    untouched.inspect(str(folder))
+    assert not untouched.quantizes("lm_head", lm_head=True)
+
+
+def test_ignored_modules_are_found_by_the_frameworks_names(tmp_path: Path) -> None:
+    folder = save_multimodal(tmp_path)
+    made = plan(modelopt(), ignore=["lm_head", "model.language_model.layers.0.self_attn"])
+    made.inspect(str(folder))
+    made.rename(MULTIMODAL)
+    with pytest.raises(ValueError, match=r"^lm_head: ignored by 'lm_head', but .*model.safetensors holds it in NVFP4"):
+        made.quantizes("language_model.lm_head", lm_head=True)
+    with pytest.raises(ValueError, match=r"^model.language_model.layers.0.self_attn.q_proj: ignored by 'language_model.model"):
+        made.quantizes("language_model.model.layers.0.self_attn.qkv_proj", QKV)
+
+
+def test_plain_weights_that_ignore_does_not_name(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    folder = save(model, "modelopt", tmp_path)
+    layer, file = "model.layers.1", folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("mlp.down_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj"):
+        for scale in ("weight_scale", "weight_scale_2", "input_scale"):
+            del tensors[f"{layer}.{name}.{scale}"]
+        tensors[f"{layer}.{name}.weight"] = model.weights[f"{layer}.{name}.weight"]
+    tensors[f"{layer}.self_attn.o_proj.weight"] = torch.zeros(64, 128, dtype=torch.float8_e4m3fn)
+    save_file(tensors, file)
+    made = plan(modelopt())
+    made.inspect(str(folder))
+    gate_up = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    for name, packed, message in (
+        ("mlp.down_proj", None, f"down_proj.weight in {file} is BF16, not in NVFP4: add '{layer}.mlp.down_proj' to `ignore`"),
+        ("mlp.gate_up_proj", gate_up, f"gate_proj.weight in {file} is BF16, not in NVFP4: add '{layer}.mlp.gate_up_proj' to"),
+        ("self_attn.qkv_proj", QKV, f"k_proj.weight in {file} is BF16, but {layer}.self_attn.q_proj is in NVFP4: they run as"),
+        ("self_attn.o_proj", None, f"o_proj.weight in {file} is F8_E4M3, allowed: U8"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            made.quantizes(f"{layer}.{name}", packed)
+    ignoring = plan(modelopt(), ignore=["*.down_proj", f"{layer}.mlp.gate_up_proj", "*.o_proj"])
+    ignoring.inspect(str(folder))
+    assert not ignoring.quantizes(f"{layer}.mlp.down_proj")
+    assert not ignoring.quantizes(f"{layer}.mlp.gate_up_proj", gate_up)
+    with pytest.raises(ValueError, match=r"o_proj: ignored by '\*.o_proj', but .* holds it as F8_E4M3"):
+        ignoring.quantizes(f"{layer}.self_attn.o_proj")
+
+
+def test_weights_that_are_not_plain_are_not_quantized(tmp_path: Path) -> None:
+    model, name = tiny_model("llama"), "model.layers.1.mlp.down_proj"
+    model.weights[f"{name}.weight"] = model.weights[f"{name}.weight"].to(torch.float8_e4m3fn)
+    made = plan({"quant_method": "nvfp4"})
+    made.inspect(str(model.save(tmp_path)))
+    assert made.quantizes("model.layers.0.mlp.down_proj")
+    with pytest.raises(
+        ValueError, match=rf"^{name}: taken for unquantized, but {tmp_path}/model.safetensors holds it as F8_E4M3"
+    ):
+        made.quantizes(name)
+
+
 def test_static_scales_are_asked_of_those_who_have_them() -> None:
     assert plan(modelopt(), activation="nvfp4_per_tensor").uses_input_scales
     weight_only = {**modelopt(), "quant_algo": "W4A16_NVFP4"}
@@ -174,7 +254,8 @@ def test_index_knows_tensors_and_files(form: str, tmp_path: Path) -> None:
     assert index is not None
     assert sorted(index.quantized_modules()) == sorted(model.linears)
     assert index.file_of("lm_head.weight") == str(folder / "model.safetensors")
-    assert index.holds("lm_head")
+    assert index.weight_of("lm_head") is not None
+    assert index.weight_of("model.norm.bias") is None
     assert not index.is_quantized("lm_head")
     assert CheckpointIndex.find("no-such-organisation/no-such-model") is None
 

@@ -171,6 +171,14 @@ def test_channels_of_options(checkpoint, monkeypatch, tmp_path: Path) -> None:
         pass
 
 
+def test_ignored_layers_that_the_checkpoint_holds_in_nvfp4(checkpoint) -> None:
+    with (
+        pytest.raises(ValueError, match=r"down_proj: ignored by '\*\.down_proj', but .* holds it in NVFP4"),
+        runner(checkpoint("llama", "modelopt"), {"ignore": ["*.down_proj"]}),
+    ):
+        pass
+
+
 def test_dummy_weights(checkpoint) -> None:
     for kind, form in (("qwen3_moe", "bf16"), ("qwen3_moe", "modelopt"), ("llama", "compressed_tensors")):
         with runner(checkpoint(kind, form), load_format="dummy") as model:
