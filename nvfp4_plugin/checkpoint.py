@@ -148,6 +148,10 @@ class CheckpointIndex:
                 f"{module}.{names.global_scale} in {global_scale.file} has the shape {list(global_scale.shape)}, "
                 "allowed is one value for each matrix"
             )
+        for name in (names.global_scale, names.input_scale):
+            info = self.tensors.get(f"{module}.{name}")
+            if info is not None and info.dtype not in PLAIN:
+                raise ValueError(f"{module}.{name} in {info.file} is {info.dtype}; allowed: {', '.join(PLAIN)}")
 
     def _required(self, tensor: str, weight: TensorInfo) -> TensorInfo:
         info = self.tensors.get(tensor)

@@ -239,19 +239,23 @@ def _checked_scales(
     names: TensorNames,
     describe: Describe,
 ) -> torch.Tensor:
-    """Stored global scales [E, P] as decode scales, after a look for what is missing or not finite."""
+    """Stored global scales [E, P] as decode scales, after a look for what is missing, not finite or negative."""
     decode = names.decode(global_scales)
-    # isnan has no float8 kernel on every device: both NaN codes of e4m3 have seven ones below the sign.
-    missing = ((scales.view(torch.uint8) & 0x7F) == 0x7F).flatten(1).any(-1)
+    # By their codes, as isnan has no float8 kernel on every device: NaN is 0x7F, and from 0x80 on there is a sign.
+    codes = scales.view(torch.uint8)
+    wrong = (codes >= 0x7F).flatten(1).any(-1)
     bad = ~(decode.isfinite() & (decode > 0)).all(-1)
-    if bool((missing | bad).any()):  # one read from the device for each layer
+    if bool((wrong | bad).any()):  # one read from the device for each layer
         for expert, matrices in enumerate(parts):
             for part, rows in enumerate(_row_slices(widths)):
                 if not bool(decode[expert, part].isfinite() & (decode[expert, part] > 0)):
                     value = float(global_scales[expert, part])
                     _refuse(describe(f"{matrices[part]}.{names.global_scale}"), value, "a finite number above 0")
-                if bool(((scales[expert, rows].view(torch.uint8) & 0x7F) == 0x7F).any()):
-                    _refuse(describe(f"{matrices[part]}.{names.scale}"), float("nan"), "e4m3 numbers")
+                found = codes[expert, rows].flatten()
+                found = found[found >= 0x7F]
+                if len(found):
+                    value = float(found[:1].view(torch.float8_e4m3fn).float())
+                    _refuse(describe(f"{matrices[part]}.{names.scale}"), value, "e4m3 numbers without a sign")
     return decode
 
 

@@ -13,8 +13,9 @@ from checkpoints import FORMS, MODELOPT_IGNORE, save, save_multimodal, tiny_mode
 from safetensors.torch import load_file, save_file
 
 from nvfp4_configs import Nvfp4Config
+from nvfp4_kernels import quantize_weight
 from nvfp4_plugin import layers
-from nvfp4_plugin.checkpoint import CheckpointIndex
+from nvfp4_plugin.checkpoint import MODELOPT, CheckpointIndex
 from nvfp4_plugin.plan import Mapper, QuantizationPlan, expert_parts, is_router
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -258,6 +259,42 @@ def test_index_knows_tensors_and_files(form: str, tmp_path: Path) -> None:
     assert index.weight_of("model.norm.bias") is None
     assert not index.is_quantized("lm_head")
     assert CheckpointIndex.find("no-such-organisation/no-such-model") is None
+
+
+@pytest.mark.parametrize(
+    ("form", "scale"),
+    [("modelopt", "weight_scale_2"), ("modelopt", "input_scale"), ("compressed_tensors", "weight_global_scale")],
+)
+def test_scales_that_are_integers(form: str, scale: str, tmp_path: Path) -> None:
+    folder = save(tiny_model("llama"), form, tmp_path)
+    file, tensor = folder / "model.safetensors", f"model.layers.1.mlp.down_proj.{scale}"
+    tensors = load_file(file)
+    save_file({**tensors, tensor: tensors[tensor].to(torch.int32) + 1}, file)
+    made = plan(json.loads((folder / "config.json").read_text())["quantization_config"])
+    with pytest.raises(ValueError, match=re.escape(f"{tensor} in {file} is I32; allowed: BF16, F16, F32")):
+        made.inspect(str(folder))
+
+
+@pytest.mark.parametrize(("code", "got"), [(0x7F, "NaN"), (0xFF, "NaN"), (0xB8, "got -1.0")])
+def test_block_scales_that_are_no_positive_numbers(code: int, got: str) -> None:
+    weights = [quantize_weight(torch.randn(4, 32)) for _ in "qkv"]
+    data, scales = (torch.cat([getattr(weight, field) for weight in weights]) for field in ("data", "scales"))
+    global_scales = torch.stack([weight.global_scale for weight in weights])
+    arguments = (global_scales, [4, 4, 4], ["q", "k", "v"], MODELOPT)
+    layers.load_linear(data, scales, *arguments)
+    scales.view(torch.uint8)[6, 1] = code
+    with pytest.raises(ValueError, match=rf"^<k.weight_scale>: .*{got}; allowed: e4m3 numbers without a sign"):
+        layers.load_linear(data, scales, *arguments, describe="<{}>".format)
+    with pytest.raises(ValueError, match=rf"^<k.weight_scale>: .*{got}; allowed"):
+        layers.load_experts(
+            data[None],
+            scales[None],
+            global_scales[None],
+            [4, 4, 4],
+            lambda _: ["q", "k", "v"],
+            MODELOPT,
+            describe="<{}>".format,
+        )
 
 
 def test_experts_have_the_backend_that_serves_them(caplog: pytest.LogCaptureFixture) -> None:
