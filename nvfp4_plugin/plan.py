@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nvfp4_configs import CheckpointFormat, Nvfp4Config, PackedModules
@@ -19,6 +19,9 @@ ROUTERS = ("gate", "router", "shared_expert_gate", "shared_experts_gate")
 EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """What checkpoints call an expert's gate, up and down projections."""
 
+RESOLVED_KEY = "nvfp4_resolved"
+"""Where vLLM's additional config holds what all options come to."""
+
 Mapper = Callable[[list[str]], list[str]]
 """A checkpoint's names to a framework's; it may drop some."""
 
@@ -26,6 +29,13 @@ Mapper = Callable[[list[str]], list[str]]
 def is_router(name: str) -> bool:
     """Whether the module `name` is an MoE router, by its name."""
     return name.rpartition(".")[2] in ROUTERS
+
+
+def warn_misnamed(keys: Iterable[str], channel: str) -> None:
+    """A warning for each of the keys of `channel` that looks like the one of our options, `nvfp4`, and is another."""
+    for key in keys:
+        if key.lower().startswith("nvfp") and key not in ("nvfp4", RESOLVED_KEY):
+            logger.warning("nvfp4: %s: nothing reads the key %r; options are read from 'nvfp4'", channel, key)
 
 
 def expert_parts(experts: int, projections: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from nvfp4_configs import Nvfp4Config
 from nvfp4_kernels import quantize_weight
 from nvfp4_plugin import layers
 from nvfp4_plugin.checkpoint import MODELOPT, CheckpointIndex
-from nvfp4_plugin.plan import Mapper, QuantizationPlan, expert_parts, is_router
+from nvfp4_plugin.plan import Mapper, QuantizationPlan, expert_parts, is_router, warn_misnamed
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
@@ -135,6 +135,16 @@ def test_mappers_of_inner_models_follow_the_outer_ones(tmp_path: Path) -> None:
     made.rename(prefixes({"language_model.model.": "text."}))
     assert made.quantizes("language_model.lm_head", lm_head=True)
     assert made.quantizes("text.layers.0.block_sparse_moe.gate", router=True)
+
+
+def test_misnamed_options_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "nvfp4_plugin"):
+        warn_misnamed(["nvfp4", "nvfp4_resolved", "gdn_prefill_backend"], "--additional-config")
+        assert not caplog.records
+        warn_misnamed(["nvfp", "NVFP4"], "--additional-config")
+    assert [record.message for record in caplog.records] == [
+        f"nvfp4: --additional-config: nothing reads the key {key!r}; options are read from 'nvfp4'" for key in ("nvfp", "NVFP4")
+    ]
 
 
 def test_half_of_a_fused_layer_is_refused() -> None:

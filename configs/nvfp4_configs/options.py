@@ -153,7 +153,7 @@ def _read_recipe(name_or_path: str | os.PathLike[str], channel: str) -> dict[str
 
 def _read_options(options: Mapping[str, Any] | None, channel: str) -> dict[str, tuple[str, Any]]:
     if not isinstance(options, Mapping) or "recipe" not in options:
-        return _labelled(options or {}, channel)
+        return _labelled({} if options is None else options, channel)
     recipe = options["recipe"]
     if not isinstance(recipe, str):
         raise ValueError(f"{channel}: recipe: got {recipe!r}; allowed: the name of a recipe or the path of a file")

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.model_loader.checkpoint_quantization import resolve_checkpoint_quant_spec
 
-from ..plan import QuantizationPlan, expert_parts, is_router
+from ..plan import QuantizationPlan, expert_parts, is_router, warn_misnamed
 
 if TYPE_CHECKING:
     from sglang.srt.configs.load_config import LoadConfig
@@ -149,6 +149,7 @@ def make_config(
     an `nvfp4` without any is online, and this one also looks into the checkpoint before it is loaded."""
     if model_config.quantization != "nvfp4":
         return get_quant_config(model_config, load_config, packed_modules_mapping, remap_prefix)
+    warn_misnamed(vars(model_config.hf_config), "--json-model-override-args")
     spec = resolve_checkpoint_quant_spec(model_config.hf_config)
     config = Nvfp4QuantizationConfig(
         _legacy_config(model_config) if spec is None else spec.config,

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from nvfp4_kernels.dispatch import fuses
 
-from ..plan import QuantizationPlan, expert_parts, is_router
+from ..plan import RESOLVED_KEY, QuantizationPlan, expert_parts, is_router, warn_misnamed
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -56,6 +56,12 @@ class Nvfp4QuantizationConfig(QuantizationConfig):
         return "nvfp4" if user_quant == "nvfp4" else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        if (options := getattr(hf_config, "nvfp4", None)) is not None:
+            # SGLang reads it there.
+            raise ValueError(
+                f"--hf-overrides nvfp4, or that key of config.json: got {options!r}, which nothing in vLLM reads; "
+                "give options through --additional-config nvfp4"
+            )
         self.plan.inspect(model_name, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -67,9 +73,10 @@ class Nvfp4QuantizationConfig(QuantizationConfig):
         additional = config.additional_config
         self.plan.configure(additional.get("nvfp4") if isinstance(additional, dict) else None)
         if isinstance(additional, dict):
+            warn_misnamed(additional, "--additional-config")
             # vLLM reuses compiled graphs by a hash of its config, which covers this dictionary but neither the environment
             # nor a checkpoint's options.
-            additional["nvfp4_resolved"] = self.plan.options.model_dump(mode="json")
+            additional[RESOLVED_KEY] = self.plan.options.model_dump(mode="json")
         options = self.plan.options
         if fuses(torch.device(current_platform.device_type), options.activation, options.backend):
             from .fusion import install

@@ -143,7 +143,7 @@ def test_lm_head_and_ignored_layers(checkpoint, caplog) -> None:
     assert "no_such_layer" in caplog.text
 
 
-def test_channels_of_options(checkpoint, monkeypatch, tmp_path: Path) -> None:
+def test_channels_of_options(checkpoint, monkeypatch, tmp_path: Path, caplog) -> None:
     from nvfp4_plugin.sglang.config import Nvfp4QuantizationConfig
 
     def options(options: dict | None = None, **others: object) -> tuple[str, str]:
@@ -157,6 +157,9 @@ def test_channels_of_options(checkpoint, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NVFP4_CONFIG", str(recipe))
     assert options() == ("fp8_per_token", "absmax")
     assert options({"activation": "none"}) == ("none", "absmax")
+    assert "nothing reads" not in caplog.text
+    assert options(json_model_override_args=json.dumps({"nvfp": {"activation": "none"}})) == ("fp8_per_token", "absmax")
+    assert "--json-model-override-args: nothing reads the key 'nvfp'" in caplog.text
     override = {"quantization_config": {"quant_method": "nvfp4", "activation": "nvfp4_per_token"}}
     assert options(json_model_override_args=json.dumps(override)) == ("nvfp4_per_token", "absmax")
     # The config of a model may ask for nvfp4 by itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from checkpoints import save_compressed_tensors, save_modelopt, tiny_model
 from safetensors.torch import load_file, save_file
-from vllm_engine import engine
+from vllm_engine import engine, log_lines
 
 from nvfp4_plugin.checkpoint import CheckpointIndex
 
@@ -152,7 +153,20 @@ def test_options_that_cannot_be_served(checkpoint, tmp_path: Path) -> None:
     overrides = {"quantization_config": {"quant_method": "nvfp4"}}
     quantized = checkpoint("llama", "modelopt")
     refused(quantized, r"down_proj: ignored by '\*\.down_proj', but .* holds it in NVFP4", {"ignore": ["*.down_proj"]})
+    refused(
+        quantized,
+        r"--hf-overrides nvfp4, .*got {'lm_head': True}, .*--additional-config",
+        hf_overrides={"nvfp4": {"lm_head": True}},
+    )
+    refused(plain, r"--additional-config nvfp4: got \[\] \(list\)", additional_config={"nvfp4": []})
     refused(quantized, r"are in NVFP4: leave the checkpoint's own quantization_config", hf_overrides=overrides)
+
+
+def test_misnamed_options_are_said(checkpoint) -> None:
+    misnamed = {"nvfp": {"activation": "none"}}
+    with log_lines(logging.WARNING) as messages, engine(checkpoint("llama", "bf16"), additional_config=misnamed):
+        pass
+    assert "nvfp4: --additional-config: nothing reads the key 'nvfp'; options are read from 'nvfp4'" in messages
 
 
 def test_tensor_parallel_shard_of_k_is_named() -> None:
