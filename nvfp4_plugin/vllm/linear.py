@@ -55,6 +55,21 @@ def check_loaded(layer: Layer, name: str, dummy: bool) -> None:
         )
 
 
+def _load(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own weight loader. What it says of a tensor that does not fit names neither layer nor tensor."""
+    method = layer.quant_method
+    try:
+        return getattr(layer, method.loader)(param, loaded_weight, *args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, IndexError, RuntimeError) as error:
+        part = f", {args[0]} of it" if args and args[0] is not None else ""
+        raise ValueError(
+            f"{method.plan.describe(f'{method.prefix}.weight')}{part}: the checkpoint has a tensor {list(loaded_weight.shape)} "
+            f"for a parameter {list(param.shape)} of this rank: {error or 'it does not fit'}"
+        ) from error
+
+
 def _load_plain(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """The layer's own weight loader, for a weight that is quantized when it is whole.
 
@@ -68,13 +83,13 @@ def _load_plain(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, 
         info = get_layerwise_info(layer)
         if info.load_numel_total is not None:
             info.load_numel_total = get_layer_size(layer)
-    return getattr(layer, layer.quant_method.loader)(param, loaded_weight, *args, **kwargs)
+    return _load(layer, param, loaded_weight, *args, **kwargs)
 
 
 @counted
 def _load_counted(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """The layer's own weight loader. A method of the layer: see `_load_plain`."""
-    return getattr(layer, layer.quant_method.loader)(param, loaded_weight, *args, **kwargs)
+    return _load(layer, param, loaded_weight, *args, **kwargs)
 
 
 def _set_rows(layer: Layer, *parameters: torch.Tensor) -> None:

@@ -53,6 +53,25 @@ def test_plain_weight_that_is_missing(kind: str, name: str, tmp_path: Path) -> N
     refused(folder, rf"{name.partition('.experts')[0]}.*: the checkpoint holds \d+ of the \d+ values of this layer's weights")
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "match"),
+    [
+        (
+            DOWN,
+            64,
+            r"down_proj\.weight \({folder}/model\.safetensors\): the checkpoint has a tensor \[64, 112\] for a parameter",
+        ),
+        ("model.layers.1.self_attn.k_proj", 24, r"qkv_proj\.weight, k of it: the checkpoint has a tensor \[24, 48\] for a"),
+    ],
+)
+def test_plain_weight_of_another_shape(name: str, rows: int, match: str, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = weight[:rows, : weight.shape[1] - 16].contiguous()
+
+    refused(edit(tiny_model("llama").save(tmp_path), change), match.replace("{folder}", str(tmp_path)))
+
+
 def test_k_that_is_no_multiple_of_16(tmp_path: Path) -> None:
     folder = tiny_model("llama", intermediate_size=72).save(tmp_path)
     refused(folder, r"model.layers.0.mlp.down_proj: K is 72, NVFP4 needs a multiple of 16; add the layer to `ignore`")
