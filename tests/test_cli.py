@@ -188,14 +188,12 @@ def test_quantize_lets_whole_fused_layers_be_ignored(model, tmp_path):
 def test_quantize_names_a_nan_tensor_and_leaves_nothing(model, tmp_path):
     file = model / "model-00002-of-00002.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.0.self_attn.v_proj.weight"][3, 5] = float("nan")
+    tensors["model.layers.0.self_attn.v_proj.weight"][3, 5:7] = float("nan")
     save_file(tensors, file)
     result = invoke("quantize", model, tmp_path / "out", status=1)
-    text = one_line(result.output)
-    assert "model.layers.0.self_attn.v_proj.weight" in text
-    assert str(file) in text
-    assert "NaN" in text
-    assert not (tmp_path / "out").exists()
+    # Also of a projection that runs fused: the first of them is what is being written.
+    assert f"error: model.layers.0.self_attn.v_proj.weight ({file}): weight: 2 values are NaN" in result.output
+    assert "the first at [3, 5]" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -213,6 +211,9 @@ def _config(model: Path, **changes: object) -> None:
     [
         (lambda model: (model / "config.json").unlink(), ["no config.json"]),
         (lambda model: (model / "config.json").write_text("{"), ["config.json is not JSON"]),
+        (lambda model: (model / "config.json").write_text("[]"), ["config.json: got []; allowed: a JSON object"]),
+        (lambda model: (model / "config.json").write_bytes(b"\xff"), ["config.json is not JSON"]),
+        (partial(_config, quantization_config="foo"), ["quantized already (foo)"]),
         (lambda model: [file.unlink() for file in model.glob("*.safetensors*")], ["no *.safetensors"]),
         (lambda model: (model / "model-00002-of-00002.safetensors").unlink(), ["00002-of-00002", "missing"]),
         (_truncate, ["model-00001-of-00002.safetensors is not a whole safetensors file"]),
@@ -252,8 +253,74 @@ def test_quantize_does_not_overwrite(model, tmp_path):
     assert (out / "precious").exists()
 
 
+def test_quantize_deletes_nothing_that_it_did_not_make(model, tmp_path):
+    mine = tmp_path / "out.partial" / "precious"
+    mine.parent.mkdir()
+    mine.write_text("")
+    invoke("quantize", model, tmp_path / "out")
+    assert mine.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "out.partial"]
+
+
+def test_quantize_fills_the_working_directory(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    invoke("quantize", model, ".")
+    assert sorted(os.listdir(".")) == sorted(path.name for path in model.iterdir())
+
+
+@pytest.mark.parametrize("out", ["/proc/out", "file/out"])
+def test_quantize_says_what_it_cannot_write(out, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("quantize", model, tmp_path / out, status=1)
+    last = result.output.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert out in last
+
+
+def _add(model: Path, **weights: torch.Tensor) -> None:
+    file = model / "model-00002-of-00002.safetensors"
+    save_file({**load_file(file), **weights}, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("model.layers.0.mlp.experts.gate_up_proj", (2, 64, 64), "stacked experts are quantized only while they load: serve"),
+        # Its gate and up could be, and run in one module with it.
+        ("model.layers.0.mlp.experts.1.down_proj.weight", (64, 24), "K = 24 is not a multiple of 16, and it runs as one with"),
+    ],
+)
+def test_quantize_refuses_experts_that_cannot_be_served(name, shape, words, model, tmp_path):
+    _add(model, **{name: torch.randn(shape, dtype=torch.bfloat16)})
+    result = invoke("quantize", model, tmp_path / "out", status=1)
+    assert result.output.startswith(f"error: {name.removesuffix('.weight')}")
+    assert words in result.output
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_warnings_name_what_stays_as_it_is(command, model, tmp_path):
+    _config(model, tie_word_embeddings=True)
+    result = invoke(command, model, *([tmp_path / "out"] if command == "quantize" else []), "--lm-head")
+    assert "warning: not quantized: model.layers.0.mlp.odd_proj: K = 24 is not a multiple of 16\n" in result.stderr
+    assert f"warning: lm_head: {model} has no head of its own" in result.stderr
+
+
+def test_sizes_are_told_in_a_unit_that_fits(model, tmp_path):
+    assert "4 layers, 20.0 KiB -> 5.6 KiB" in invoke("quantize", model, tmp_path / "out").output
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # nvfp4 eval and doctor
+
+
+def test_version():
+    assert re.fullmatch(r"nvfp4-plugin \S+\n", invoke("--version").output)
+
+
+def test_eval_of_no_layer_is_an_error(model):
+    assert "error: " in (text := invoke("eval", model, "--ignore", "*", status=1).output)
+    assert "found no linear layer to quantize" in text
 
 
 def test_eval_measures_each_layer(model):

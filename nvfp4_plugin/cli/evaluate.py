@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nvfp4_plugin.cli.benchmark import DeviceOption, pick_device
-from nvfp4_plugin.cli.model_folder import ModelError, ModelFolder, mean_finite, sqnr
+from nvfp4_plugin.cli.model_folder import ModelFolder, mean_finite, sqnr
 from nvfp4_plugin.cli.quantize import HeadOption, IgnoreOption, ModelArgument, RecipeOption, SearchOption, options
 
 
@@ -28,21 +28,14 @@ def evaluate(
 ) -> None:
     """SQNR of each linear layer's weight under a configuration, in dB (higher is better)."""
     config = options(recipe, scale_search, ignore, lm_head)
-    errors = Console(stderr=True)
     where = pick_device(device)
     layers: list[dict[str, Any]] = []
-    try:
-        folder = ModelFolder(model)
-        for warning in folder.unmatched(config):
-            errors.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        names = folder.linear_layers(config)
-        for module in track(names, "quantizing", console=errors, transient=True):
-            weight = folder.tensor(f"{module}.weight").to(where)
-            quantized = folder.quantize(module, config, weight)
-            layers.append({"layer": module, "shape": list(weight.shape), "sqnr_db": sqnr(weight, quantized)})
-    except ModelError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    folder = ModelFolder(model)
+    folder.warn(config)
+    for module in track(folder.linear_layers(config), "quantizing", console=Console(stderr=True), transient=True):
+        weight = folder.tensor(f"{module}.weight").to(where)
+        quantized = folder.quantize(module, config, weight)
+        layers.append({"layer": module, "shape": list(weight.shape), "sqnr_db": sqnr(weight, quantized)})
     mean = mean_finite([layer["sqnr_db"] for layer in layers])
     if json:
         document = {"scale_search": config.scale_search, "mean_sqnr_db": mean, "layers": layers}
@@ -56,10 +49,9 @@ def evaluate(
         table.add_row(layer["layer"], "x".join(map(str, layer["shape"])), f"{layer['sqnr_db']:.2f}")
     console = Console()
     console.print(table)
-    if layers:
-        lowest = min(layers, key=lambda layer: layer["sqnr_db"])
-        text = f"mean {mean:.2f} dB over {len(layers)} layers, lowest {lowest['sqnr_db']:.2f} dB ({lowest['layer']})"
-        console.print(text, highlight=False, soft_wrap=True)
+    lowest = min(layers, key=lambda layer: layer["sqnr_db"])
+    text = f"mean {mean:.2f} dB over {len(layers)} layers, lowest {lowest['sqnr_db']:.2f} dB ({lowest['layer']})"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _nulls(value: Any) -> Any:

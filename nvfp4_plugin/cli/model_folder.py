@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvfp4_configs import Nvfp4Config, PackedModules
 from nvfp4_configs.patterns import matches_parts
+from nvfp4_plugin.cli.errors import CommandError, say
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +34,30 @@ FUSED: PackedModules = {
 """Projections that serving frameworks run as one matrix, by the name of that."""
 EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 """A routed expert's projection: serving frameworks run all experts of a block as one module."""
+STACKED_EXPERTS = re.compile(r".*\.(experts\.(?!\d+\.)|block_sparse_moe\.(input|output)_linear).*")
+"""A tensor of all routed experts of a block, in models such as gpt-oss, Llama 4 and Granite."""
+STACKED = "stacked experts are quantized only while they load: serve the bf16 model itself with --quantization nvfp4"
+ODD_K = "K = "
 # Their linear layers keep [K, N], transposed: blocks of 16 would run along the wrong side.
 TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
-class ModelError(ValueError):
+class ModelError(CommandError):
     """A model that cannot be read or quantized; the message names the file, and the tensor if it is one's fault."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model; ModelError if there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder}: got no config.json; allowed: the folder of a Hugging Face model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # that of text that is not UTF-8 is one, too
+        raise ModelError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: got {config!r}; allowed: a JSON object")
+    return config
 
 
 class ModelFolder:
@@ -46,15 +65,12 @@ class ModelFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: got no config.json; allowed: the folder of a Hugging Face model")
-        try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        except json.JSONDecodeError as error:
-            raise ModelError(f"{folder / 'config.json'} is not JSON: {error}") from None
+        self.config = read_config(folder)
         quantization = self.config.get("quantization_config")
         if quantization or (folder / "hf_quant_config.json").is_file():
-            method = (quantization or {}).get("quant_method", "hf_quant_config.json")
+            method = quantization or "hf_quant_config.json"
+            if isinstance(method, dict):
+                method = method.get("quant_method", "no quant_method")
             raise ModelError(f"{folder} is quantized already ({method}); allowed: a bf16, fp16 or fp32 model")
         if self.config.get("model_type") in TRANSPOSED_MODELS:
             raise ModelError(
@@ -96,8 +112,11 @@ class ModelFolder:
             return handle.get_tensor(name)
 
     def linear_layers(self, config: Nvfp4Config) -> list[str]:
-        """The modules that `config` quantizes."""
-        return [module for module, reason in self._reasons(config).items() if not reason]
+        """The modules that `config` quantizes; ModelError if there are none."""
+        layers = [module for module, reason in self._reasons(config).items() if not reason]
+        if not layers:
+            raise ModelError(f"{self.folder}: found no linear layer to quantize under {config}")
+        return layers
 
     def left_alone(self, config: Nvfp4Config) -> dict[str, str]:
         """Module -> why it is not quantized, of the other weights of two dimensions and more."""
@@ -110,13 +129,32 @@ class ModelFolder:
             if len(info.shape) > 1
         }
 
-    def unmatched(self, config: Nvfp4Config) -> list[str]:
-        """A sentence for each `ignore` pattern that means no module of this model."""
+    def warn(self, config: Nvfp4Config) -> None:
+        """Say what of `config` means nothing here, and which layers stay as they are though nobody asked for it."""
         modules = [name.rpartition(".")[0] for name in self.index.tensors]
-        return [f"ignore: {pattern!r} matches no module of {self.folder}" for pattern in config.unmatched(modules)]
+        for pattern in config.unmatched(modules):
+            say("warning", f"ignore: {pattern!r} matches no module of {self.folder}", "yellow")
+        if config.lm_head and (
+            self.config.get("tie_word_embeddings") or not any(module.rpartition(".")[2] in HEADS for module in modules)
+        ):
+            say("warning", f"lm_head: {self.folder} has no head of its own, its embeddings serve as one and stay", "yellow")
+        left: dict[str, list[str]] = defaultdict(list)
+        for module, reason in self.left_alone(config).items():
+            if reason == STACKED or reason.startswith(ODD_K):
+                left[reason].append(module)
+        for reason, names in left.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            say("warning", f"not quantized: {', '.join(names[:3])}{more}: {reason}", "yellow")
 
-    def check_ignore(self, config: Nvfp4Config) -> None:
-        """ModelError where `ignore` means only some of the layers that run as one and cannot be half quantized."""
+    def check(self, config: Nvfp4Config) -> None:
+        """ModelError where frameworks could not serve what `nvfp4 quantize` would write.
+
+        `ignore` or an odd K may leave only some of the layers that run as one and cannot be half quantized; beside experts
+        in bf16 not every framework reads the other layers in NVFP4.
+        """
+        left_alone = self.left_alone(config)
+        if stacked := next(filter(STACKED_EXPERTS.fullmatch, left_alone), None):
+            raise ModelError(f"{self.index.describe(stacked)}: {STACKED}")
         fused: dict[str, list[str]] = defaultdict(list)
         for module in self.linear_layers(config.model_copy(update={"ignore": ()})):
             fused[_runs_as(module)].append(module)
@@ -125,6 +163,11 @@ class ModelFolder:
                 matches_parts(config.ignore, name, parts)
             except ValueError as error:
                 raise ModelError(f"ignore: {error}") from None
+        quantized = {_runs_as(module): module for module in self.linear_layers(config)}
+        for module, reason in left_alone.items():
+            name = _runs_as(module)
+            if reason.startswith(ODD_K) and name in quantized:
+                raise ModelError(f"{module}: {reason}, and it runs as one with {quantized[name]}: add {name} to ignore")
 
     def partners(self, module: str) -> list[str]:
         """The modules that run fused with `module`, itself included: q, k and v; gate and up."""
@@ -156,6 +199,8 @@ def _reason(name: str, shape: Sequence[int], config: Nvfp4Config) -> str:
     from nvfp4_plugin.plan import is_router
 
     module = name.removesuffix(".weight")
+    if STACKED_EXPERTS.fullmatch(module):
+        return "ignored" if config.ignores(module) else STACKED
     if name == module or len(shape) != 2:
         return "not a linear layer's weight"
     if module.rpartition(".")[2] in HEADS and not config.lm_head:
@@ -169,7 +214,7 @@ def _reason(name: str, shape: Sequence[int], config: Nvfp4Config) -> str:
     if config.ignores(module):
         return "ignored"
     if shape[1] % 16:
-        return f"K = {shape[1]} is not a multiple of 16"
+        return f"{ODD_K}{shape[1]} is not a multiple of 16"
     return ""
 
 

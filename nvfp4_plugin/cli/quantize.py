@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,19 +60,18 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint once, to serve it many times: ModelOpt's form, which vLLM and SGLang load as it is."""
     config = options(recipe, scale_search, ignore, lm_head)
-    errors = Console(stderr=True)
-    try:
-        summary = quantize_checkpoint(model, out, config, pick_device(device), errors)
-    except ModelError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    summary = quantize_checkpoint(model, out, config, pick_device(device), Console(stderr=True))
     Console().print(
-        f"{summary.layers} layers, {summary.bytes_before / 2**20:,.1f} MiB -> {summary.bytes_after / 2**20:,.1f} MiB, "
+        f"{summary.layers} layers, {_size(summary.bytes_before)} -> {_size(summary.bytes_after)}, "
         f"mean SQNR {summary.mean_sqnr:.2f} dB. Written to {out}; serve it with --quantization nvfp4",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:,.1f} KiB"
 
 
 def quantize_checkpoint(model: Path, out: Path, config: Nvfp4Config, device: Any, console: Console) -> Summary:
@@ -83,20 +83,22 @@ def quantize_checkpoint(model: Path, out: Path, config: Nvfp4Config, device: Any
     source = ModelFolder(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists; allowed: a folder that does not, or an empty one")
-    source.check_ignore(config)
-    for warning in source.unmatched(config):
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    source.check(config)
+    source.warn(config)
     layers = source.linear_layers(config)
-    if not layers:
-        raise ModelError(f"{model}: found no linear layer to quantize under {config}")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    out = out.resolve()  # "." has no name
+    # A name that nobody else has: what we did not make is not ours to delete. Where OUT is there it is filled and not replaced:
+    # it may be the working directory, or a volume.
+    there = out.exists()
+    partial = (out if there else out.parent) / f"{out.name}.{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
     try:
         summary = _write(source, partial, config, layers, device, console)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        if there:
+            for path in list(partial.iterdir()):
+                path.rename(out / path.name)
+        else:
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return summary
@@ -173,9 +175,11 @@ def _shared_global_scale(source: ModelFolder, module: str, config: Nvfp4Config, 
     # The scale that `quantize_weight` gives the largest of them: its rule then lives in one place.
     largest: torch.Tensor | None = None
     for partner in partners:
+        weight = source.tensor(f"{partner}.weight")
         extreme = torch.zeros(1, 16)
-        extreme[0, 0] = source.tensor(f"{partner}.weight").abs().amax().to(torch.float32)
-        scale = source.quantize(partner, config, extreme).global_scale
+        extreme[0, 0] = weight.abs().amax().to(torch.float32)
+        # What is not finite is refused, by its place in the weight itself.
+        scale = source.quantize(partner, config, extreme if extreme.isfinite().all() else weight).global_scale
         # A matrix of zeros has the scale 1, which says nothing.
         if extreme.any() and (largest is None or scale > largest):
             largest = scale
