@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from nvfp4_configs import CheckpointFormat, Nvfp4Config
 from nvfp4_kernels import Nvfp4Weight, quantize_weight
-from nvfp4_plugin.cli import app, benchmark, processes, server
+from nvfp4_plugin.cli import app, bench_vllm, benchmark, processes, server
 from nvfp4_plugin.cli.benchmark import Case, Unavailable
 from nvfp4_plugin.cli.model_folder import ModelFolder, sqnr
 from nvfp4_plugin.cli.sample_model import cache_folder
@@ -236,6 +236,7 @@ def test_quantize_says_what_is_wrong_with_a_model(model, tmp_path, spoil, words)
         (["--scale-search", "sse"], ["scale_search: got 'sse'", "'four_over_six'"]),
         (["--ignore", "re:("], ["ignore: 're:(' is not a regular expression"]),
         (["--device", "gpu"], ["got 'gpu'", "cuda:N"]),
+        (["--device", "meta"], ["got 'meta'; allowed: auto, cpu, cuda, cuda:N"]),
         (["--device", "cuda:99"], ["cuda:99", "CUDA devices"]),
     ],
 )
@@ -321,6 +322,12 @@ def test_version():
 def test_eval_of_no_layer_is_an_error(model):
     assert "error: " in (text := invoke("eval", model, "--ignore", "*", status=1).output)
     assert "found no linear layer to quantize" in text
+
+
+@pytest.mark.parametrize("device", ["meta", "mps"])
+@pytest.mark.parametrize("command", [["doctor"], ["eval", "/"]])
+def test_devices_without_kernels_are_refused(command, device):
+    assert f"got '{device}'" in one_line(invoke(*command, "--device", device, status=2).output)
 
 
 def test_eval_measures_each_layer(model):
@@ -493,11 +500,28 @@ def test_benchmarks_run_on_the_cpu(arguments, names):
     assert all(row["timer"] == "host" and "GB/s" not in row for row in document["measurements"] if row["name"] in names)
 
 
-@pytest.mark.parametrize("arguments", [["linear", "--layer", "64x40"], ["quantize", "--shape", "64x40"]])
-def test_benchmarks_refuse_a_shape_that_nvfp4_cannot_have(arguments):
-    text = one_line(invoke("bench", *arguments, status=2).output)
-    assert "got '64x40'" in text
-    assert "multiple of 16" in text
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *((["linear", "--layer", shape], f"--layer: got '{shape}'; allowed: ") for shape in ("64x40", "0x64", "64x0", "²x64")),
+        (["quantize", "--shape", "64x40"], "--shape: got '64x40'; allowed: MxK with K a multiple of 16"),
+        (["moe", "--model", "4x2x0x32"], "--model: got '4x2x0x32'; allowed: "),
+        *(([bench, "--mode", "bogus"], "--mode: got 'bogus'; allowed: auto, nvfp4_per_token") for bench in ("linear", "moe")),
+        *(([bench, "--m", "-1"], "--m: got -1; allowed: 1 or more") for bench in ("linear", "moe")),
+        (["linear", "--plot", "x.txt"], "'--plot': got 'x.txt'; allowed: a file that ends in .png"),
+        (["linear", "--plot", "/proc/x.png"], "'--plot': got '/proc/x.png'; allowed: a file that can be written"),
+        (["vllm", "--layers", "-3"], "--layers: got -3; allowed: 0 or more"),
+        (["vllm", "--activation", "foo"], "--activation: got 'foo'; allowed: auto, "),
+    ],
+)
+def test_benchmarks_refuse_bad_options_before_any_work(arguments, words):
+    assert words in one_line(invoke("bench", *arguments, status=2).output)
+
+
+def test_bench_vllm_fails_where_every_method_does(monkeypatch):
+    monkeypatch.setattr(bench_vllm, "_measure", lambda methods, *_: {method: {"error": "exit code 1"} for method in methods})
+    for form in ([], ["--json"]):
+        assert "error: no method could be measured\n" in invoke("bench", "vllm", *form, status=1).stderr
 
 
 def test_a_backend_of_bench_linear_is_known_and_serves_or_says_why():

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from nvfp4_configs import Activation
 from nvfp4_plugin.cli.benchmark import (
     Call,
     Case,
@@ -21,10 +22,13 @@ from nvfp4_plugin.cli.benchmark import (
     PlotOption,
     RepeatsOption,
     Unavailable,
+    check_least,
+    check_words,
     need,
     pick_device,
     rotation,
     run,
+    sizes,
     time_calls,
 )
 
@@ -82,11 +86,10 @@ def linear(
     """x @ weight^T over an NVFP4 weight in each activation mode, beside its peers, the bf16 layer and cuBLAS's FP8 product."""
     from nvfp4_kernels.dispatch import backends
 
-    for name in peer:
-        if name not in PEERS:
-            raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(PEERS)}", param_hint="--peer")
-    if backend not in backends("linear"):
-        raise typer.BadParameter(f"got {backend!r}; allowed: {', '.join(backends('linear'))}", param_hint="--backend")
+    check_least("--m", m, 1)
+    check_words("--mode", mode, get_args(Activation))
+    check_words("--peer", peer, PEERS)
+    check_words("--backend", [backend], backends("linear"))
     where = pick_device(device)
     if tune:
         _tune([_shape(name) for name in layer], where, output, repeats)
@@ -113,12 +116,12 @@ def linear(
 def _shape(name: str) -> tuple[int, int]:
     if name in SHAPES:
         return SHAPES[name]
-    n, _, k = name.partition("x")
-    if not (n.isdigit() and k.isdigit()) or int(k) % 16:
+    shape = sizes(name, 2)
+    if not shape or shape[1] % 16:
         raise typer.BadParameter(
             f"got {name!r}; allowed: {', '.join(SHAPES)}, or NxK with K a multiple of 16", param_hint="--layer"
         )
-    return int(n), int(k)
+    return shape[0], shape[1]
 
 
 def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | None, repeats: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from nvfp4_configs import Activation
 from nvfp4_plugin.cli.benchmark import (
     Call,
     Case,
@@ -18,10 +19,13 @@ from nvfp4_plugin.cli.benchmark import (
     PlotOption,
     RepeatsOption,
     Unavailable,
+    check_least,
+    check_words,
     need,
     pick_device,
     rotation,
     run,
+    sizes,
 )
 
 if TYPE_CHECKING:
@@ -64,9 +68,9 @@ def moe(
 ) -> None:
     """One fused layer of routed experts (silu, evenly spread routing) in each activation mode, beside its peers."""
     where = pick_device(device)
-    for name in peer:
-        if name not in PEERS:
-            raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(PEERS)}", param_hint="--peer")
+    check_least("--m", m, 1)
+    check_words("--mode", mode, get_args(Activation))
+    check_words("--peer", peer, PEERS)
     cases = []
     for name in model:
         experts, top_k, hidden, inner = shape = _shape(name)
@@ -90,13 +94,13 @@ def moe(
 def _shape(name: str) -> Shape:
     if name in SHAPES:
         return SHAPES[name]
-    sizes = name.split("x")
-    if len(sizes) != 4 or not all(size.isdigit() for size in sizes):
+    shape = sizes(name, 4)
+    if not shape:
         raise typer.BadParameter(
             f"got {name!r}; allowed: {', '.join(SHAPES)}, or EXPERTSxTOP_KxHIDDENxINNER", param_hint="--model"
         )
-    experts, top_k, hidden, inner = map(int, sizes)
-    if hidden % 16 or inner % 16 or not 0 < top_k <= experts:
+    experts, top_k, hidden, inner = shape
+    if hidden % 16 or inner % 16 or top_k > experts:
         raise typer.BadParameter(
             f"got {name!r}; allowed are sizes that are multiples of 16, and top_k up to the experts", param_hint="--model"
         )

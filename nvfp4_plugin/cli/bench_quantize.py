@@ -17,9 +17,11 @@ from nvfp4_plugin.cli.benchmark import (
     PlotOption,
     RepeatsOption,
     Unavailable,
+    check_words,
     pick_device,
     rotation,
     run,
+    sizes,
 )
 
 if TYPE_CHECKING:
@@ -66,9 +68,7 @@ def quantize(
 ) -> None:
     """Quantize bf16 activations [M, K] to NVFP4, beside copies of the same bytes, torch.compile and FlashInfer."""
     where = pick_device(device)
-    for name in only:
-        if name not in BYTES:
-            raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(BYTES)}", param_hint="--only")
+    check_words("--only", only, BYTES)
     cases = []
     for m, k in map(_shape, shape):
         for name in only:
@@ -76,11 +76,11 @@ def quantize(
     run("Quantize activations", cases, where, json=json, plot=plot, repeats=repeats, host=host)
 
 
-def _shape(shape: str) -> tuple[int, int]:
-    m, _, k = shape.partition("x")
-    if not (m.isdigit() and k.isdigit()) or int(k) % 16 or not int(k):
-        raise typer.BadParameter(f"got {shape!r}; allowed: MxK with K a multiple of 16", param_hint="--shape")
-    return int(m), int(k)
+def _shape(text: str) -> tuple[int, int]:
+    shape = sizes(text, 2)
+    if not shape or shape[1] % 16:
+        raise typer.BadParameter(f"got {text!r}; allowed: MxK with K a multiple of 16", param_hint="--shape")
+    return shape[0], shape[1]
 
 
 def _setup(name: str, rows: int, k: int, device: torch.device) -> Sequence[Call]:

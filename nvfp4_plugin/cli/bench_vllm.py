@@ -16,13 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from nvfp4_plugin.cli.benchmark import WARM_UP_SECONDS, JsonOption
+from nvfp4_configs import Activation
+from nvfp4_plugin.cli.benchmark import WARM_UP_SECONDS, JsonOption, check_least, check_words
+from nvfp4_plugin.cli.errors import CommandError
 from nvfp4_plugin.cli.processes import interrupt_on_termination, process_group
 
 _COMMON = {"torch_dtype": "bfloat16", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
@@ -103,11 +105,11 @@ def vllm(
     json: JsonOption = False,
 ) -> None:
     """Prefill and decode throughput of a whole model in vLLM with random weights, by CUDA graphs and torch.compile."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"got {shape!r}; allowed: {', '.join(SHAPES)}", param_hint="--shape")
-    for name in method:
-        if name not in METHODS:
-            raise typer.BadParameter(f"got {name!r}; allowed: {', '.join(METHODS)}", param_hint="--method")
+    check_words("--shape", [shape], SHAPES)
+    check_least("--layers", [layers], 0)
+    check_least("--timeout", [timeout], 1)
+    check_words("--method", method, METHODS)
+    check_words("--activation", [activation], get_args(Activation))
     config = dict(SHAPES[shape])
     if layers:
         config["num_hidden_layers"] = layers
@@ -115,10 +117,16 @@ def vllm(
     results = _measure(method, config, activation, timeout, together)
     if json:
         sys.stdout.write(json_line({"shape": shape, "layers": config["num_hidden_layers"], "results": results}) + "\n")
-        return
-    table = Table(title=f"{shape}, {config['num_hidden_layers']} layers, random weights: tokens/s", title_justify="left")
+    else:
+        _show(shape, config["num_hidden_layers"], results)
+    if all("error" in result for result in results.values()):
+        raise CommandError("no method could be measured")
+
+
+def _show(shape: str, layers: int, results: dict[str, dict[str, Any]]) -> None:
+    table = Table(title=f"{shape}, {layers} layers, random weights: tokens/s", title_justify="left")
     table.add_column("case")
-    for name in method:
+    for name in results:
         table.add_column(name, justify="right")
     cases = next((list(result["tokens_per_second"]) for result in results.values() if "tokens_per_second" in result), [])
     for case in cases:

@@ -23,10 +23,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json as json_module
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,8 +46,28 @@ Call = Callable[[], object]
 Row = Mapping[str, Any]  # an entry of a document's "measurements"
 RATES = ("GB/s", "TFLOP/s")
 
+
+def _plot_file(path: Path | None) -> Path | None:
+    """Refuse what cannot be drawn before minutes of timing, and not after."""
+    if path is None:
+        return None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("needs matplotlib: pip install 'nvfp4-plugin[bench]'")
+    if path.suffix != ".png":
+        raise typer.BadParameter(f"got {str(path)!r}; allowed: a file that ends in .png")
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise typer.BadParameter(f"got {str(path)!r}; allowed: a file that can be written ({error.strerror})") from None
+    if not there:
+        path.unlink()
+    return path
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a plot to this PNG file.", dir_okay=False)]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a plot to this PNG file.", callback=_plot_file)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Timed repetitions; the median counts.")]
 HostOption = Annotated[bool, typer.Option("--host", help="Time how long a call keeps the host, not how long it takes.")]
@@ -108,22 +129,42 @@ class Measurement:
         return result
 
 
+def check_words(option: str, words: Iterable[str], allowed: Collection[str]) -> None:
+    """BadParameter for a word that is not `allowed`."""
+    for word in words:
+        if word not in allowed:
+            raise typer.BadParameter(f"got {word!r}; allowed: {', '.join(allowed)}", param_hint=option)
+
+
+def check_least(option: str, numbers: Iterable[int], least: int) -> None:
+    """BadParameter for a number below `least`."""
+    for number in numbers:
+        if number < least:
+            raise typer.BadParameter(f"got {number}; allowed: {least} or more", param_hint=option)
+
+
+def sizes(text: str, count: int) -> tuple[int, ...] | None:
+    """So many positive numbers joined by x, as in "48x64"; None where `text` is no such thing."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+    return tuple(numbers) if len(numbers) == count and all(numbers) else None
+
+
 def pick_device(name: str) -> torch.device:
     """The device that a --device option names; "auto" is the current CUDA device, or the CPU where there is none."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise typer.BadParameter(f"got {name!r}; allowed: auto, cpu, cuda, cuda:N", param_hint="--device") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # Read here: torch.device knows other devices, which nothing here runs on, and takes "cuda:256" for "cuda:0".
+    cuda = re.fullmatch(r"cuda(:\d+)?", name)
+    if name != "cpu" and not cuda:
+        raise typer.BadParameter(f"got {name!r}; allowed: auto, cpu, cuda, cuda:N", param_hint="--device")
+    if cuda and int((cuda[1] or ":0")[1:]) >= torch.cuda.device_count():
         raise typer.BadParameter(
             f"got {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here",
             param_hint="--device",
         )
-    return device
+    return torch.device(name)
 
 
 def need(device: torch.device, module: str) -> None:
@@ -374,10 +415,8 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     The last integer key of the points runs along x. There is a panel for each value of the other keys, several where x leaps
     by more than a factor of 32; a panel of one point has bars.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise typer.BadParameter("needs matplotlib: pip install 'nvfp4-plugin[bench]'", param_hint="--plot") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
