@@ -1,5 +1,7 @@
 """The `nvfp4` command: quantize, eval, doctor, the frame of bench, and the servers that the demo starts and stops."""
 
+import http.server
+import importlib
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -26,6 +29,8 @@ from nvfp4_plugin.cli import app, bench_vllm, benchmark, processes, server
 from nvfp4_plugin.cli.benchmark import Case, Unavailable
 from nvfp4_plugin.cli.model_folder import ModelFolder, sqnr
 from nvfp4_plugin.cli.sample_model import cache_folder
+
+demo = importlib.import_module("nvfp4_plugin.cli.demo")  # the package's own `demo` is the command
 
 CPU = torch.device("cpu")
 
@@ -632,6 +637,62 @@ def test_launches_ask_for_nvfp4():
             assert command[command.index("--quantization") + 1] == "nvfp4"
             assert "127.0.0.1" in command
             assert command[-2:] == ["--dtype", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [({}, 2048), ({"max_position_embeddings": 8192}, 2048), ({"text_config": {"max_position_embeddings": 512}}, 512)],
+)
+def test_the_demo_asks_for_no_more_context_than_a_model_has(config, context, model):
+    _config(model, **config)
+    for make in server.LAUNCHES.values():
+        assert str(context) in make("folder", 1234, on_gpu=False, context=demo._context(str(model))).command
+
+
+class Completions(http.server.BaseHTTPRequestHandler):
+    """A server of a model without a chat template."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer(200, '{"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": ""}]}')
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/chat/completions"):
+            return self.answer(400, '{"error": {"message": "no chat template"}}')
+        parts = [{"choices": [{"text": word, "index": 0}]} for word in ("Par", "is")]
+        chunks = [*parts, {"choices": [], "usage": {"completion_tokens": 2, "prompt_tokens": 1, "total_tokens": 3}}]
+        self.answer(
+            200, "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n", "text/event-stream"
+        )
+
+    def answer(self, status, text, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+def test_the_demo_asks_a_model_without_a_chat_template_plainly(capsys):
+    pytest.importorskip("openai")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Completions) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        answer = demo.ask(f"http://127.0.0.1:{served.server_port}/v1", "Where?", Console(width=200))
+        served.shutdown()
+    assert (answer.text, answer.tokens) == ("Paris", 2)
+    assert "no chat template" in capsys.readouterr().out
+
+
+def test_the_demo_of_a_quantized_model_leaves_the_comparison_out(model, tmp_path, capsys):
+    invoke("quantize", model, tmp_path / "out")
+    console = Console(width=200)
+    console.print(demo.summary(str(tmp_path / "out"), [demo.Answer("Paris", 2, 0.5)], CPU, console))
+    text = one_line(capsys.readouterr().out)
+    assert "not compared with bf16: " in text
+    assert "is quantized already (modelopt)" in text
+    assert "2.0 tokens/s" in text
 
 
 def test_the_sample_model_lies_in_the_users_cache(monkeypatch, tmp_path):

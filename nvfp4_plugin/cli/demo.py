@@ -12,13 +12,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nvfp4_configs import CONFIG_ENV, Nvfp4Config
-from nvfp4_plugin.cli.benchmark import device_name, pick_device
+from nvfp4_plugin.cli.benchmark import check_words, device_name, pick_device
+from nvfp4_plugin.cli.model_folder import ModelError, ModelFolder, mean_finite, read_config, sqnr
 from nvfp4_plugin.cli.processes import interrupt_on_termination
 from nvfp4_plugin.cli.sample_model import NAME, sample_model
-from nvfp4_plugin.cli.server import LAUNCHES, ServerError, free_port, running
+from nvfp4_plugin.cli.server import CONTEXT, LAUNCHES, ServerError, free_port, running
 
 QUESTIONS = (
     "What is the capital of France? Answer in one sentence.",
@@ -46,17 +48,8 @@ def demo(
 ) -> None:
     """Serve a model with --quantization nvfp4 and ask it two questions."""
     console = Console()
-    if framework not in LAUNCHES:
-        raise typer.BadParameter(f"got {framework!r}; allowed: {', '.join(LAUNCHES)}", param_hint="--framework")
+    check_words("--framework", [framework], LAUNCHES)
     interrupt_on_termination()
-    try:
-        _demo(model, framework, timeout, console)
-    except ServerError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-def _demo(model: str, framework: str, timeout: float, console: Console) -> None:
     if not model:
         with console.status(f"Preparing {NAME}"):
             model = str(sample_model())
@@ -68,7 +61,7 @@ def _demo(model: str, framework: str, timeout: float, console: Console) -> None:
     log = Path(tempfile.mkdtemp(prefix="nvfp4-demo-")) / f"{framework}.log"
     console.print(f"Log     {log}", markup=False, highlight=False, soft_wrap=True)
     port = free_port()
-    launch = LAUNCHES[framework](model, port, on_gpu=device.type == "cuda")
+    launch = LAUNCHES[framework](model, port, on_gpu=device.type == "cuda", context=_context(model))
     start = time.monotonic()
     with console.status("") as status:
 
@@ -86,39 +79,55 @@ def _demo(model: str, framework: str, timeout: float, console: Console) -> None:
     console.print(summary(model, answers, device, console))
 
 
+def _context(model: str) -> int:
+    """CONTEXT, or what a model in a folder can take at most where that is less."""
+    config = read_config(Path(model)) if Path(model).is_dir() else {}
+    own = (config.get("text_config") or config).get("max_position_embeddings")
+    return min(own or CONTEXT, CONTEXT)
+
+
 def _short(line: str, width: int) -> str:
     """A log line cut to what fits beside the status, safe for rich's markup."""
     return line[-max(20, width - 60) :].replace("[", "(").replace("]", ")")
 
 
 def ask(base_url: str, question: str, console: Console) -> Answer:
-    """Ask one chat question and print the answer as it comes."""
-    from openai import OpenAI
+    """Ask one question and print the answer as it comes: in a chat, or plainly where the model has no form for chats."""
+    from openai import APIError, BadRequestError, OpenAI
 
     client = OpenAI(base_url=base_url, api_key="none")
     name = client.models.list().data[0].id
     console.print(f"\n[bold]> {question}[/bold]", highlight=False)
     text, tokens, first, last = "", 0, math.nan, math.nan
-    stream = client.chat.completions.create(
-        model=name,
-        messages=[{"role": "user", "content": question}],
-        max_tokens=MAX_TOKENS,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    for chunk in stream:
-        if chunk.usage:
-            tokens = chunk.usage.completion_tokens
-        if chunk.choices and (piece := chunk.choices[0].delta.content):
-            last = time.perf_counter()
-            first = last if math.isnan(first) else first
-            text += piece
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    request: dict[str, Any] = {"model": name, "max_tokens": MAX_TOKENS, "temperature": 0}
+    request |= {"stream": True, "stream_options": {"include_usage": True}}
+    try:
+        try:
+            stream = client.chat.completions.create(messages=[{"role": "user", "content": question}], **request)
+        except BadRequestError as error:
+            console.print(
+                f"no chat ({error.message}): plain completion", style="dim", markup=False, highlight=False, soft_wrap=True
+            )
+            stream = client.completions.create(prompt=question, **request)
+        for chunk in stream:
+            if chunk.usage:
+                tokens = chunk.usage.completion_tokens
+            if chunk.choices and (piece := _piece(chunk.choices[0])):
+                last = time.perf_counter()
+                first = last if math.isnan(first) else first
+                text += piece
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    except APIError as error:
+        raise ServerError(f"the server refused {question!r}: {error.message}") from None
     console.print()
     if not text.strip():
         raise ServerError(f"the server gave an empty answer to {question!r}")
     return Answer(text, tokens, last - first)
+
+
+def _piece(choice: Any) -> str | None:
+    """What a part of a streamed answer adds, in a chat's form or a completion's."""
+    return choice.delta.content if hasattr(choice, "delta") else choice.text
 
 
 def summary(model: str, answers: list[Answer], device: Any, console: Console) -> Table:
@@ -128,8 +137,11 @@ def summary(model: str, answers: list[Answer], device: Any, console: Console) ->
     table = Table(show_header=False, box=None, pad_edge=False)
     config = Nvfp4Config.resolve()
     if Path(model).is_dir():
-        for row in weight_rows(Path(model), config, console):
-            table.add_row(*row)
+        try:
+            for row in weight_rows(Path(model), config, console):
+                table.add_row(*row)
+        except ModelError as error:  # it has been served all the same
+            table.add_row("Weights", escape(f"not compared with bf16: {error}"))
     # The first token of a burst takes no decoding step.
     steps, seconds = sum(answer.tokens - 1 for answer in answers), sum(answer.seconds for answer in answers)
     table.add_row("Decoding, one request", f"{steps / seconds:,.1f} tokens/s" if seconds else "too short to time")
@@ -142,8 +154,6 @@ def summary(model: str, answers: list[Answer], device: Any, console: Console) ->
 def weight_rows(model: Path, config: Nvfp4Config, console: Console) -> list[tuple[str, str]]:
     """Bytes of the quantized layers before and after, and their mean SQNR."""
     from rich.progress import track
-
-    from nvfp4_plugin.cli.model_folder import ModelFolder, mean_finite, sqnr
 
     folder = ModelFolder(model)
     before = after = 0

