@@ -150,6 +150,8 @@ def test_auto_is_w4a4_on_blackwell_where_fp4_tensor_cores_serve(monkeypatch):
     gpu = torch.device("cuda", 0)
     assert dispatch.resolve_activation("auto", gpu, 16, 4096, 4096) == "nvfp4_per_token"
     assert dispatch.resolve_moe_activation("auto", gpu, 2048, 768) == "none"
+    monkeypatch.setattr(kernels, "arch_of", lambda device: 100)
+    assert kernels.describe("auto", gpu)[1].startswith("auto is 'none' here; weights decoded in registers, 16-bit operands")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,10 +42,16 @@ def faster_mode(device: torch.device, hidden: int, inner: int) -> str:
 
 def describe(activation: str, device: torch.device) -> tuple[str, str]:
     """Kernel and reason of an activation mode, for `nvfp4 doctor`."""
+    what = ""
+    if activation == "auto":
+        from ..dispatch import resolve_moe_activation
+
+        activation = resolve_moe_activation(activation, device, 4096, 4096)
+        what = f"auto is {activation!r} here; "
     if arch_of(device) == 90:
-        return "gluon moe_gemm_hopper", "SM90, both K multiples of 32 (the portable Triton GEMM takes other shapes)"
+        return "gluon moe_gemm_hopper", what + "SM90, both K multiples of 32 (the portable Triton GEMM takes other shapes)"
     operands = "e4m3" if activation == "fp8_per_token" and has_fp8_tensor_cores(arch_of(device)) else "16-bit"
-    return "triton moe_gemm", f"weights decoded in registers, {operands} operands on the tensor cores"
+    return "triton moe_gemm", f"{what}weights decoded in registers, {operands} operands on the tensor cores"
 
 
 def _expert_weights(
