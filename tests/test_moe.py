@@ -298,7 +298,7 @@ BAD = {
     "bias shape": ({"w13_bias": torch.zeros(2, 1)}, ValueError, r"w13_bias: got shape \[2, 1\], allowed is \[2, 32\]"),
     "bias dtype": ({"w2_bias": torch.zeros(2, 32).int()}, TypeError, r"w2_bias: got dtype int32, allowed are float32"),
     "bias device": ({"w2_bias": torch.zeros(2, 32, device="meta")}, ValueError, r"w2_bias: it is on meta"),
-    "map dtype": ({"expert_map": torch.zeros(2)}, ValueError, r"expert_map: got float32 \[2\], allowed is int32"),
+    "map dtype": ({"expert_map": torch.zeros(2)}, ValueError, r"expert_map: got float32 \[2\], allowed is int32 or int64"),
     "map device": ({"expert_map": torch.zeros(2, device="meta").int()}, ValueError, r"expert_map: it is on meta"),
     "no scale": (
         {"activation": "nvfp4_per_tensor", "input_scales": (torch.ones(1), None)},

@@ -120,6 +120,13 @@ def test_error_against_float64_is_that_of_the_format():
     assert 20.3 < sqnr < 20.6  # 20.43 dB on Gaussian values
 
 
+def test_scales_may_be_flat_or_in_tiles():
+    x_q, sf = nvfp4_quantize(random_matrix(130, 128), torch.ones(1))
+    want = nvfp4_dequantize(x_q, sf, 1.0)
+    for form in (sf.flatten(), sf.view(2, 2, 32, 4, 4), sf.view(torch.float8_e4m3fn)):
+        assert torch.equal(nvfp4_dequantize(x_q, form, 1.0), want)
+
+
 def test_strided_rows_and_no_rows():
     wide = random_matrix(20, 128)
     x = wide[::2, 32:96]

@@ -164,7 +164,11 @@ W = torch.randn(4, 32)
         (lambda: Nvfp4Weight(W, W, W), ValueError, "data: got torch.float32"),
         (lambda: quantize_weight([1.0]), TypeError, r"weight: got list, allowed is a torch\.Tensor"),
         (lambda: quantize_weight(W, global_scale=torch.ones((), device="meta")), ValueError, "global_scale: it is on meta"),
-        (lambda: replace(quantize_weight(W), global_scale=torch.ones((), device="meta")), ValueError, "global_scale: it is on"),
+        (
+            lambda: replace(quantize_weight(W), global_scale=torch.ones((), device="meta")),
+            ValueError,
+            r"got data on cpu, .* global_scale on meta; allowed is one device",
+        ),
         (
             lambda: Nvfp4Weight(
                 torch.zeros(4, 12, dtype=torch.uint8), torch.zeros(4, 1).to(torch.float8_e4m3fn), torch.ones(())

@@ -62,9 +62,7 @@ def _check_weight(name: str, weight: Nvfp4Weight) -> None:
         raise TypeError(f"{name}: got {type(weight).__name__}, allowed is an Nvfp4Weight, which `quantize_weight` makes")
 
 
-def _check_bias(name: str, bias: torch.Tensor | None, like: torch.Tensor, shape: torch.Size) -> None:
-    if bias is None:
-        return
+def _check_bias(name: str, bias: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> None:
     _check_tensor(name, bias, like)
     if bias.shape != shape:
         raise ValueError(f"{name}: got shape {list(bias.shape)}, allowed is {list(shape)}")
@@ -229,9 +227,11 @@ def nvfp4_dequantize(
     m, k = x_q.shape[0], 2 * x_q.shape[1]
     _check_tensor("sf", sf, x_q)
     expected = torch.Size(sf_shape(m, k, layout))
-    if sf.dtype not in (torch.uint8, torch.float8_e4m3fn) or sf.shape not in (expected, (expected.numel(),)):
+    if sf.dtype not in (torch.uint8, torch.float8_e4m3fn) or (
+        sf.shape != expected and (sf.numel() != expected.numel() or sf.dim() == 2 or not sf.is_contiguous())
+    ):
         raise ValueError(
-            f"sf: got {_names((sf.dtype,))} {list(sf.shape)}, allowed is uint8 or float8_e4m3fn {list(expected)}, or flat,"
+            f"sf: got {_names((sf.dtype,))} {list(sf.shape)}, allowed is uint8 or float8_e4m3fn {list(expected)}, or flat"
             f" for x_q {list(x_q.shape)} in {layout.name}"
         )
     if dtype not in DEQUANTIZED_DTYPES:
@@ -289,7 +289,8 @@ def nvfp4_linear(
         raise ValueError(f"x: got shape {list(x.shape)}, allowed is [..., {k}] for a weight {list(weight.shape)}")
     if x.device != weight.data.device:
         raise ValueError(f"x: it is on {x.device}, allowed is the weight's device {weight.data.device}")
-    _check_bias("bias", bias, x, weight.shape[:1])
+    if bias is not None:
+        _check_bias("bias", bias, x, (n,))
     scale = None if input_scale is None else _scalar_or_rows("input_scale", input_scale, x, 1)
     out = ops.linear(
         x.reshape(-1, k),
@@ -364,13 +365,15 @@ def nvfp4_fused_moe(
         if not isinstance(input_scales, tuple | list) or len(input_scales) != 2:
             raise TypeError(f"input_scales: got {input_scales!r}, allowed is one scale for each of the two products")
         scale13, scale2 = (_scalar_or_rows(f"input_scales[{i}]", s, x, experts) for i, s in enumerate(input_scales))
-    _check_bias("w13_bias", w13_bias, x, w13.shape[:-1])
-    _check_bias("w2_bias", w2_bias, x, w2.shape[:-1])
+    if w13_bias is not None:
+        _check_bias("w13_bias", w13_bias, x, expected[:2])
+    if w2_bias is not None:
+        _check_bias("w2_bias", w2_bias, x, (experts, hidden))
     if expert_map is not None:
         _check_tensor("expert_map", expert_map, x)
         if expert_map.dtype not in (torch.int32, torch.int64) or expert_map.dim() != 1:
             got = f"{_names((expert_map.dtype,))} {list(expert_map.shape)}"
-            raise ValueError(f"expert_map: got {got}, allowed is int32 [global experts]")
+            raise ValueError(f"expert_map: got {got}, allowed is int32 or int64 [global experts]")
     return ops.fused_moe(
         x,
         w13.data,

@@ -48,9 +48,10 @@ class Nvfp4Weight:
                 f"global_scale: got {self.global_scale.dtype} {list(self.global_scale.shape)}, allowed is float32"
                 f" {list(experts)} or {[*experts, rows]} for data {list(self.data.shape)}"
             )
-        for name, t in (("scales", self.scales), ("global_scale", self.global_scale), ("fp8_fold", self.fp8_fold)):
-            if t is not None and t.device != self.data.device:
-                raise ValueError(f"{name}: it is on {t.device}, allowed is the device of data, {self.data.device}")
+        device, fold = self.data.device, self.fp8_fold
+        if self.scales.device != device or self.global_scale.device != device or (fold is not None and fold.device != device):
+            devices = ", ".join(f"{name} on {t.device}" for name, t in vars(self).items() if t is not None)
+            raise ValueError(f"data, scales, global_scale, fp8_fold: got {devices}; allowed is one device")
 
     @property
     def shape(self) -> torch.Size:

@@ -154,7 +154,7 @@ class ModelFolder:
         """
         left_alone = self.left_alone(config)
         if stacked := next(filter(STACKED_EXPERTS.fullmatch, left_alone), None):
-            raise ModelError(f"{self.index.describe(stacked)}: {STACKED}")
+            raise ModelError(f"{self.index.describe(stacked)}: {STACKED}, whatever `ignore` says")
         fused: dict[str, list[str]] = defaultdict(list)
         for module in self.linear_layers(config.model_copy(update={"ignore": ()})):
             fused[_runs_as(module)].append(module)
