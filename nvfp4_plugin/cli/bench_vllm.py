@@ -130,9 +130,8 @@ def _show(shape: str, layers: int, results: dict[str, dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     cases = next((list(result["tokens_per_second"]) for result in results.values() if "tokens_per_second" in result), [])
     for case in cases:
-        table.add_row(
-            case, *(f"{r['tokens_per_second'][case]:,.0f}" if "tokens_per_second" in r else "-" for r in results.values())
-        )
+        rates = [result.get("tokens_per_second", {}).get(case) for result in results.values()]
+        table.add_row(case, *("-" if rate is None else f"{rate:,.0f}" for rate in rates))
     Console().print(table)
     for name, result in results.items():
         if "error" in result:
@@ -284,12 +283,13 @@ def _take_turn(engine: Any, job: dict[str, Any], vocabulary: int, seconds: dict[
         seconds.setdefault(name, []).extend(_seconds(engine, *case, vocabulary) for _ in range(REPEATS))
 
 
-def _rates(job: dict[str, Any], seconds: dict[str, float]) -> dict[str, float]:
-    """Tokens/s. Of decoding, those of the steps that all prompts take part in: what comes before them is taken off."""
-    rates = {}
+def _rates(job: dict[str, Any], seconds: dict[str, float]) -> dict[str, float | None]:
+    """Tokens/s. Of decoding, those of the steps that all prompts take part in: what comes before them is taken off, and None
+    says that a busy machine took longer for that than for all."""
+    rates: dict[str, float | None] = {}
     for batch in job["batches"]:
         steps = seconds[f"{batch} {ALL_TOKENS}"] - seconds[f"{batch} {FIRST_TOKENS}"]
-        rates[f"decode, batch {batch}"] = batch * (ALL_TOKENS - FIRST_TOKENS) / steps
+        rates[f"decode, batch {batch}"] = batch * (ALL_TOKENS - FIRST_TOKENS) / steps if steps > 0 else None
     rows, length = job["prefill"]
     rates[f"prefill {rows} x {length}"] = rows * length / seconds["prefill"]
     return rates
