@@ -7,7 +7,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -28,31 +27,7 @@ from nvfp4_kernels.formats import GROUP_SIZE
 from .. import layers
 from ..plan import QuantizationPlan
 from ..warmup import warm_up_fused_linear, warm_up_linear
-from .loading import Layer, Received, counted
-
-
-def loads_dummy_weights() -> bool:
-    """Whether the model that is being built gets random weights instead of a checkpoint's."""
-    return get_current_vllm_config().load_config.load_format == "dummy"
-
-
-def codes(*shape: int) -> torch.Tensor:
-    """Storage for packed codes. vLLM's dummy loader leaves integers alone, so they are drawn here for it: how fast a GPU runs
-    depends on what bits it moves."""
-    if not loads_dummy_weights():
-        return torch.empty(shape, dtype=torch.uint8)
-    device = torch.get_default_device()
-    generator = torch.Generator(device=device).manual_seed(0)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device)
-
-
-def check_loaded(layer: Layer, name: str, dummy: bool) -> None:
-    """ValueError if vLLM processes a layer of which some weights never came: they would be whatever memory held."""
-    info = get_layerwise_info(layer)
-    if not dummy and info.load_numel_total and info.load_numel < info.load_numel_total:
-        raise ValueError(
-            f"{name}: the checkpoint holds {info.load_numel} of the {info.load_numel_total} values of this layer's weights"
-        )
+from .loading import Layer, Received, check_loaded, codes, counted, loads_dummy_weights
 
 
 def _load(layer: Layer, param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,5 @@
-"""How much of a layer in NVFP4 has come. vLLM processes layers whether all of their values were loaded or not, and those that
-were not are whatever memory held."""
+"""What a layer's parameters hold before vLLM loads into them, and whether all of their values came: vLLM processes layers
+either way, and what did not come is whatever memory held."""
 
 from __future__ import annotations
 
@@ -9,11 +9,37 @@ from functools import wraps
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import CopyCounter
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 Layer = Any
 """A module of vLLM's. To a type checker its attributes, which come as it is built, would be tensors or modules."""
+
+
+def loads_dummy_weights() -> bool:
+    """Whether the model that is being built gets random weights instead of a checkpoint's."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+def codes(*shape: int) -> torch.Tensor:
+    """Storage for packed codes. vLLM's dummy loader leaves integers alone, so they are drawn here for it: how fast a GPU runs
+    depends on what bits it moves."""
+    if not loads_dummy_weights():
+        return torch.empty(shape, dtype=torch.uint8)
+    device = torch.get_default_device()
+    generator = torch.Generator(device=device).manual_seed(0)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device)
+
+
+def check_loaded(layer: Layer, name: str, dummy: bool) -> None:
+    """ValueError if vLLM processes a layer of which some weights never came: they would be whatever memory held."""
+    info = get_layerwise_info(layer)
+    if not dummy and info.load_numel_total and info.load_numel < info.load_numel_total:
+        raise ValueError(
+            f"{name}: the checkpoint holds {info.load_numel} of the {info.load_numel_total} values of this layer's weights"
+        )
 
 
 class Received:

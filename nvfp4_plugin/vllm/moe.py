@@ -25,8 +25,7 @@ from nvfp4_kernels.reference.moe import ACT_FNS, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LI
 from .. import layers
 from ..plan import QuantizationPlan
 from ..warmup import warm_up_moe
-from .linear import check_loaded, codes, loads_dummy_weights
-from .loading import Layer, Received, counted
+from .loading import Layer, Received, check_loaded, codes, counted, loads_dummy_weights
 
 
 class _MoEMethod(FusedMoEMethodBase):
