@@ -66,14 +66,14 @@ def matches_parts(patterns: Sequence[str], name: str, parts: Sequence[str]) -> b
     if meant and len(meant) != len(parts):
         others = [part for part in parts if part not in meant]
         raise ValueError(
-            f"the patterns {', '.join(patterns)} mean {_first(meant)} but not {_first(others)}, which run as one fused layer "
-            f"{name}: name all of them or none"
+            f"the patterns {', '.join(patterns)} mean {first_names(meant)} but not {first_names(others)}, which run as one "
+            f"fused layer {name}: name all of them or none"
         )
     return bool(meant)
 
 
-def _first(names: Sequence[str]) -> str:
-    """`names` for a message: routed experts have hundreds of parts."""
+def first_names(names: Sequence[str]) -> str:
+    """The first of `names` and how many more, for a message: routed experts have hundreds of parts."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 

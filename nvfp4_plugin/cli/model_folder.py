@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvfp4_configs import Nvfp4Config, PackedModules
-from nvfp4_configs.patterns import matches_parts
+from nvfp4_configs.patterns import first_names, matches_parts
 from nvfp4_plugin.cli.errors import CommandError, say
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ class ModelFolder:
             if reason == STACKED or reason.startswith(ODD_K):
                 left[reason].append(module)
         for reason, names in left.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            say("warning", f"not quantized: {', '.join(names[:3])}{more}: {reason}", "yellow")
+            say("warning", f"not quantized: {first_names(names)}: {reason}", "yellow")
 
     def check(self, config: Nvfp4Config) -> None:
         """ModelError where frameworks could not serve what `nvfp4 quantize` would write.
