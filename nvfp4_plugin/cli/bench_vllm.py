@@ -88,7 +88,7 @@ _READY, _DONE = "ready", "done"
 _GO, _WENT = "go {}", "went {}"  # of a turn
 BATCHES = (1, 16, 64)
 PREFILL = (8, 2048)
-FIRST_TOKENS, ALL_TOKENS = 16, 144  # of a prompt: what decoding starts with, and ends with
+TOKENS = 144  # that each prompt of a decoding batch gets
 TURNS, REPEATS = 3, 2
 KV_CACHE_BYTES = 4 << 30  # for all of PREFILL's tokens, and the same for every method
 
@@ -252,6 +252,7 @@ def _work() -> None:
             max_num_seqs=max(job["batches"]),
             gpu_memory_utilization=job["memory"],
             kv_cache_memory_bytes=job["kv_cache_bytes"],
+            disable_log_stats=False,  # they have the times of tokens
             compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
             **options,
         )
@@ -267,35 +268,49 @@ def _work() -> None:
                 time.sleep(0.05)
             _take_turn(engine, job, config["vocab_size"], seconds)
             Path(job["folder"], _WENT.format(turn)).touch()
-    rates = _rates(job, {name: statistics.median(values) for name, values in seconds.items()})
+    rates = {name: count / statistics.median(seconds[name]) for name, count in _tokens(job).items()}
     print(json_line({"tokens_per_second": rates, "seconds_to_start": started}), flush=True)
     Path(job["folder"], _DONE).touch()
 
 
 def _take_turn(engine: Any, job: dict[str, Any], vocabulary: int, seconds: dict[str, list[float]]) -> None:
     """Add to `seconds` how long each case takes, once a card's clocks are what they stay at."""
+    rows, length = job["prefill"]
     end = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < end:
-        _seconds(engine, max(job["batches"]), 16, FIRST_TOKENS, vocabulary)
-    cases = {f"{batch} {tokens}": (batch, 16, tokens) for batch in job["batches"] for tokens in (FIRST_TOKENS, ALL_TOKENS)}
-    cases["prefill"] = (*job["prefill"], 1)
-    for name, case in cases.items():
-        seconds.setdefault(name, []).extend(_seconds(engine, *case, vocabulary) for _ in range(REPEATS))
+        _generate(engine, max(job["batches"]), 16, 16, vocabulary)
+    for _ in range(REPEATS):
+        for batch in job["batches"]:
+            outputs = _generate(engine, batch, 16, TOKENS, vocabulary)
+            seconds.setdefault(_decode(batch), []).append(_seconds_of_decoding([output.metrics for output in outputs]))
+        start = time.perf_counter()
+        _generate(engine, rows, length, 1, vocabulary)
+        seconds.setdefault(_prefill(job), []).append(time.perf_counter() - start)
 
 
-def _rates(job: dict[str, Any], seconds: dict[str, float]) -> dict[str, float | None]:
-    """Tokens/s. Of decoding, those of the steps that all prompts take part in: what comes before them is taken off, and None
-    says that a busy machine took longer for that than for all."""
-    rates: dict[str, float | None] = {}
-    for batch in job["batches"]:
-        steps = seconds[f"{batch} {ALL_TOKENS}"] - seconds[f"{batch} {FIRST_TOKENS}"]
-        rates[f"decode, batch {batch}"] = batch * (ALL_TOKENS - FIRST_TOKENS) / steps if steps > 0 else None
+def _tokens(job: dict[str, Any]) -> dict[str, int]:
+    """Case -> tokens in the seconds that are taken of it."""
     rows, length = job["prefill"]
-    rates[f"prefill {rows} x {length}"] = rows * length / seconds["prefill"]
-    return rates
+    return {_decode(batch): batch * (TOKENS - 1) for batch in job["batches"]} | {_prefill(job): rows * length}
 
 
-def _seconds(engine: Any, rows: int, length: int, tokens: int, vocabulary: int) -> float:
+def _decode(batch: int) -> str:
+    return f"decode, batch {batch}"
+
+
+def _prefill(job: dict[str, Any]) -> str:
+    return "prefill {} x {}".format(*job["prefill"])
+
+
+def _seconds_of_decoding(prompts: Sequence[Any]) -> float:
+    """From the last first token of a batch to the end of that prompt, by the engine's clock: prompts arrive one by one, and up
+    to then the engine has other work. Those that came before it end some steps before it."""
+    last = max(prompts, key=lambda prompt: prompt.first_token_ts)
+    return last.last_token_ts - last.first_token_ts
+
+
+def _generate(engine: Any, rows: int, length: int, tokens: int, vocabulary: int) -> list[Any]:
+    """vLLM's output for `rows` random prompts of `length` tokens, with `tokens` new ones each."""
     import random
 
     from vllm import SamplingParams
@@ -304,9 +319,8 @@ def _seconds(engine: Any, rows: int, length: int, tokens: int, vocabulary: int) 
         {"prompt_token_ids": [random.randrange(10, vocabulary - 10) for _ in range(length)]} for _ in range(rows)
     ]
     params = SamplingParams(max_tokens=tokens, min_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
-    start = time.perf_counter()
-    engine.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
+    outputs: list[Any] = engine.generate(prompts, params, use_tqdm=False)
+    return outputs
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from checkpoints import tiny_model
 
@@ -17,11 +19,17 @@ def test_both_methods_are_measured_and_served_by_whom_they_name(monkeypatch, cap
     results = bench_vllm._measure(["nvfp4-plugin", "bf16"], config, "none", 300, together=True)
     for result in results.values():
         assert set(result.get("tokens_per_second", ())) == {"decode, batch 1", "decode, batch 2", "prefill 2 x 16"}, result
-        assert all(rate is None or rate > 0 for rate in result["tokens_per_second"].values())
+        assert all(rate > 0 for rate in result["tokens_per_second"].values())
     assert 'bf16: {"tokens_per_second"' in capfd.readouterr().err
 
 
-def test_decoding_is_what_comes_after_the_first_tokens() -> None:
-    job = {"batches": (1, 4), "prefill": (2, 16)}
-    seconds = {"1 16": 1.0, "1 144": 3.0, "4 16": 1.5, "4 144": 1.4, "prefill": 0.5}
-    assert bench_vllm._rates(job, seconds) == {"decode, batch 1": 64.0, "decode, batch 4": None, "prefill 2 x 16": 64.0}
+def test_decoding_is_timed_from_when_all_prompts_take_part() -> None:
+    prompts = [
+        SimpleNamespace(first_token_ts=first, last_token_ts=last) for first, last in ((1.0, 8.0), (3.0, 9.0), (2.0, 8.5))
+    ]
+    assert bench_vllm._seconds_of_decoding(prompts) == 6.0
+    assert bench_vllm._tokens({"batches": (1, 4), "prefill": (2, 16)}) == {
+        "decode, batch 1": bench_vllm.TOKENS - 1,
+        "decode, batch 4": 4 * (bench_vllm.TOKENS - 1),
+        "prefill 2 x 16": 32,
+    }
