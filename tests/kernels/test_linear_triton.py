@@ -266,11 +266,10 @@ def test_first_fp8() -> None:
     assert tuning._first_fp8(none, {"1": 9.9, "8": 9.9, "16": 9.9}) == 17
 
 
-def test_plans_close_to_the_fastest_are_measured_hot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_close_to_the_fastest_are_measured_hot() -> None:
     plans = [gpu.Plan(name) for name in ("broken", "a", "b", "c")]
     cold, hot = {"a": 10.0, "b": 10.5, "c": 11.0}, {"a": 12.0, "b": 11.0}
     asked: list[tuple[str, float]] = []
-    monkeypatch.setattr(tuning, "calls", lambda plan, mode, m, weights: [plan.kernel])
 
     def time_calls(calls: list[Any], warm_up: float) -> float:
         asked.append((calls[0], warm_up))
@@ -279,7 +278,7 @@ def test_plans_close_to_the_fastest_are_measured_hot(monkeypatch: pytest.MonkeyP
     def measured(m: int, plans: list[gpu.Plan]) -> list[tuple[float, str]]:
         asked.clear()
         found = tuning._measured(
-            plans, "none", m, [(torch.zeros(4, 16), torch.zeros(0), torch.zeros(0))], time_calls, said.append
+            plans, lambda plan: [plan.kernel], f"4x32 M={m} none", m >= tuning._HOT_ROWS, tuning._CLOSE, time_calls, said.append
         )
         return [(round(seconds * 1e6, 3), plan.kernel) for seconds, plan in found]
 
