@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nvfp4_plugin.cli import benchmark
+from nvfp4_plugin.cli.bench_block import block
 from nvfp4_plugin.cli.bench_linear import linear
 from nvfp4_plugin.cli.bench_moe import moe
 from nvfp4_plugin.cli.bench_quantize import quantize
@@ -18,12 +19,15 @@ app = typer.Typer(help="Time the kernels beside their peers on this device.", no
 app.command()(quantize)
 app.command()(vllm)
 app.command()(linear)
+app.command()(block)
 app.command()(moe)
 
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="What --json of quantize, linear or moe printed.", exists=True, dir_okay=False)],
+    file: Annotated[
+        Path, typer.Argument(help="What --json of quantize, linear, block or moe printed.", exists=True, dir_okay=False)
+    ],
     plot: benchmark.PlotOption = None,
 ) -> None:
     """Print the table of a saved run, and plot it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,28 +125,42 @@ def _shape(name: str) -> tuple[int, int]:
 
 
 def _tune(shapes: list[tuple[int, int]], device: torch.device, output: Path | None, repeats: int) -> None:
-    """Measure all plans for the shapes, merge them into the table at `output` and say where it is."""
-    import json
+    """Measure all plans for the shapes and keep the best."""
+    from nvfp4_kernels.triton import tuning
 
+    check_tunable(shapes, device, "--layer")
+    keep_table(tuning.tune(shapes, device, **tuning_means(device, repeats)), output)
+
+
+def check_tunable(shapes: Iterable[tuple[int, int]], device: torch.device, option: str) -> None:
+    """BadParameter where the device, or a shape that `option` gave, has no plans to choose among."""
     import torch
 
     from nvfp4_kernels.devices import hopper_problem
-    from nvfp4_kernels.triton import tuning
-    from nvfp4_kernels.triton.linear import user_table_path
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         raise typer.BadParameter("--tune chooses among Hopper's kernels: it needs an SM90 GPU", param_hint="--tune")
     for n, k in shapes:
         problem = hopper_problem(k)
         if problem:
-            raise typer.BadParameter(f"{n}x{k}: {problem}", param_hint="--layer")
-    table = tuning.tune(
-        shapes,
-        device,
-        lambda calls, warm_up: time_calls(calls, device, repeats, warm_up=warm_up).seconds,
-        copies_of=lambda nbytes: rotation(nbytes, device, limit=32),
-        log=lambda line: typer.echo(line, err=True),
-    )
+            raise typer.BadParameter(f"{n}x{k}: {problem}", param_hint=option)
+
+
+def tuning_means(device: torch.device, repeats: int) -> dict[str, Any]:
+    """How `tuning` measures, and where it says what it found."""
+    return {
+        "time_calls": lambda calls, warm_up: time_calls(calls, device, repeats, warm_up=warm_up).seconds,
+        "copies_of": lambda nbytes: rotation(nbytes, device, limit=32),
+        "log": lambda line: typer.echo(line, err=True),
+    }
+
+
+def keep_table(table: dict[str, Any], output: Path | None) -> None:
+    """Merge what was measured into the table at `output`, by default the user's, and say where that is."""
+    import json
+
+    from nvfp4_kernels.triton.linear import user_table_path
+
     path = output or user_table_path(table["device"])
     if path.is_file():
         kept = json.loads(path.read_text())
@@ -165,11 +179,11 @@ def _setup(column: str, rows: int, n: int, k: int, device: torch.device, backend
     x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
     if column == "fp8 cuBLAS":  # the product alone: its activations are e4m3 already
         x = x.to(torch.float8_e4m3fn)
-    return [partial(layer, x) for layer in _layers(column, n, k, device, backend)]
+    return [partial(layer, x) for layer in layer_copies(column, n, k, device, backend)]
 
 
 @functools.lru_cache(maxsize=1)  # for all numbers of rows: peers take seconds to prepare a large weight
-def _layers(column: str, n: int, k: int, device: torch.device, backend: str) -> list[Layer]:
+def layer_copies(column: str, n: int, k: int, device: torch.device, backend: str) -> list[Layer]:
     """The layer over as many copies of a weight as it takes for each to be cold when its turn comes."""
     import torch
 
