@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from nvfp4_configs import CheckpointFormat, Nvfp4Config
 from nvfp4_kernels import Nvfp4Weight, quantize_weight
-from nvfp4_plugin.cli import app, bench_vllm, benchmark, processes, server
+from nvfp4_plugin.cli import app, bench_block, bench_vllm, benchmark, processes, server
 from nvfp4_plugin.cli.benchmark import Case, Unavailable
 from nvfp4_plugin.cli.model_folder import ModelFolder, sqnr
 from nvfp4_plugin.cli.sample_model import cache_folder
@@ -512,7 +512,8 @@ def test_benchmarks_run_on_the_cpu(arguments, names):
         (["quantize", "--shape", "64x40"], "--shape: got '64x40'; allowed: MxK with K a multiple of 16"),
         (["moe", "--model", "4x2x0x32"], "--model: got '4x2x0x32'; allowed: "),
         *(([bench, "--mode", "bogus"], "--mode: got 'bogus'; allowed: auto, nvfp4_per_token") for bench in ("linear", "moe")),
-        *(([bench, "--m", "-1"], "--m: got -1; allowed: 1 or more") for bench in ("linear", "moe")),
+        *(([bench, "--m", "-1"], "--m: got -1; allowed: 1 or more") for bench in ("linear", "block", "moe")),
+        (["block", "--model", "bogus"], "--model: got 'bogus'; allowed: llama-3-8b, "),
         (["linear", "--plot", "x.txt"], "'--plot': got 'x.txt'; allowed: a file that ends in .png"),
         (["linear", "--plot", "/proc/x.png"], "'--plot': got '/proc/x.png'; allowed: a file that can be written"),
         (["vllm", "--layers", "-3"], "--layers: got -3; allowed: 0 or more"),
@@ -521,6 +522,21 @@ def test_benchmarks_run_on_the_cpu(arguments, names):
 )
 def test_benchmarks_refuse_bad_options_before_any_work(arguments, words):
     assert words in one_line(invoke("bench", *arguments, status=2).output)
+
+
+def test_bench_block_times_the_layers_of_a_block(monkeypatch):
+    monkeypatch.setitem(bench_block.BLOCKS, "tiny", (64, 96, 32, 128))
+    arguments = ("bench", "block", "--model", "tiny", "--ranks", "1", "--ranks", "2", "--m", "3", "--device", "cpu")
+    rows = json.loads(invoke(*arguments, "--repeats", "2", "--json").stdout)["measurements"]
+    ours = {row["block"]: row for row in rows if row["name"] == "auto"}
+    assert list(ours) == ["tiny", "tiny on 2 GPUs"]
+    values = 64 * (96 + 2 * 32) + 64 * 96 + 2 * 128 * 64 + 64 * 128
+    for row, ranks in zip(ours.values(), (1, 2), strict=True):
+        operations = 2 * 3 * values / ranks
+        assert row["TFLOP/s"] * row["microseconds"] * 1e6 == pytest.approx(operations)
+    assert {row["unavailable"] for row in rows if row["name"] != "auto"} == {"needs a CUDA device, this is cpu"}
+    assert "got 3, which tiny cannot be divided among" in one_line(invoke(*arguments, "--ranks", "3", status=2).output)
+    assert "needs an SM90 GPU" in one_line(invoke(*arguments, "--tune", status=2).output)
 
 
 def test_bench_vllm_fails_where_every_method_does(monkeypatch):

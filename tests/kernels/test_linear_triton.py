@@ -295,6 +295,42 @@ def test_plans_close_to_the_fastest_are_measured_hot() -> None:
     assert measured(64, plans) == [(36.0, "a"), (33.0, "b")]
 
 
+def test_plans_of_a_block_are_those_that_make_it_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, narrow, wide = (gpu.Plan("decode", {"resident": resident}) for resident in (4, 1, 8))
+    monkeypatch.setattr(tuning, "cuda_device", lambda index: (H100, 90, 132))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
+    monkeypatch.setattr(tuning, "compile_all", lambda jobs, device: [])
+    monkeypatch.setattr(tuning, "operands", lambda n, k, device: (torch.empty(n, 0),))
+    monkeypatch.setattr(gpu, "faster_mode", lambda device, m, n, k: "none" if m == 8 else "fp8_per_token")
+    monkeypatch.setattr(gpu, "plan", lambda device, mode, m, n, k: shipped)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [wide, narrow, gpu.Plan("large")])
+    monkeypatch.setattr(tuning, "calls", lambda plan, mode, m, weights: [plan])
+    monkeypatch.setattr(tuning, "block_calls", lambda block, choices, m, weights: [choices, m])
+    asked: list[tuple[int, list[int]]] = []
+
+    def time_calls(calls: list[Any], warm_up: float) -> float:
+        if len(calls) == 1:
+            return 7e-6
+        choices, m = calls
+        resident = [plan.parameters["resident"] for _, plan in choices.values()]
+        asked.append((m, resident))
+        # From 16 rows on narrow tiles serve the first two layers, and gain next to nothing in the last.
+        gain = {1: 2.0 if m > 8 else -1.0, 4: 0.0, 8: -2.0}
+        return 1e-6 * (100 - gain[resident[0]] - gain[resident[1]] - 0.1 * (resident[3] == 1) + (resident[2] != 4))
+
+    block = tuning.Block(512, 1024, 128, 2048, ranks=2)
+    assert block.layers == {"qkv": (640, 512), "o": (512, 512), "gate_up": (2048, 512), "down": (512, 1024)}
+    table = tuning.tune_block(block, torch.device("cuda", 0), time_calls, copies_of=lambda nbytes: 2, log=lambda line: None)
+    entry = {"kernel": "decode", "resident": 1}
+    rows = {str(m): entry for m in tuning.DECODE_ROWS[1:]}
+    assert table["linear"] == {"none": {}, "fp8_per_token": {"640x512": rows, "512x512": rows}}
+    assert table["us"]["fp8_per_token"]["640x512"] == dict.fromkeys(rows, 7.0)
+    # A layer is measured beside what the ones before it have been given.
+    assert (16, [1, 8, 4, 4]) in asked
+    assert (8, [4, 8, 4, 4]) in asked
+    assert not any(m == 16 and resident[:2] != [1, 1] for m, resident in asked if 1 in resident[2:])
+
+
 def test_tiles_of_128_tokens_where_they_fill_the_card_once(on_device) -> None:
     device = on_device("another Hopper", 90)
     for n, k, m, bm in ((3584, 4736, 192, 128), (3584, 4736, 128, 64), (4096, 1408, 192, 64), (1024, 4096, 512, 64)):
