@@ -14,6 +14,7 @@ from nvfp4_plugin.cli.benchmark import (
     Call,
     Case,
     DeviceOption,
+    HostOption,
     JsonOption,
     PlotOption,
     RepeatsOption,
@@ -56,6 +57,7 @@ def block(
     plot: PlotOption = None,
     device: DeviceOption = "auto",
     repeats: RepeatsOption = 30,
+    host: HostOption = False,
 ) -> None:
     """The four dense layers of a decoder block, norms and SiLU included; a copy stands for attention."""
     check_words("--model", model, BLOCKS)
@@ -83,7 +85,7 @@ def block(
                     setup = partial(_setup, column, rows, name, among, where)
                     weight_bytes = values * 2 if column == "bf16" else values * 9 // 16
                     cases.append(Case(point, column, setup, bytes=weight_bytes, flops=2 * rows * values))
-    run("Dense layers of a block", cases, where, json=json, plot=plot, repeats=repeats)
+    run("Dense layers of a block", cases, where, json=json, plot=plot, repeats=repeats, host=host)
 
 
 def _block(name: str, ranks: int) -> Block:
