@@ -61,7 +61,9 @@ def sglang_launch(model: str, port: int, *, on_gpu: bool, context: int = CONTEXT
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--quantization", "nvfp4"]
     command += ["--host", HOST, "--port", str(port), "--context-length", str(context)]
     if not on_gpu:
-        command += ["--device", "cpu", "--attention-backend", "torch_native", "--mem-fraction-static", "0.3"]
+        # KV cache for four requests. Its share of the memory counts what other programs allocate meanwhile, too.
+        command += ["--device", "cpu", "--attention-backend", "torch_native"]
+        command += ["--max-total-tokens", str(4 * context), "--mem-fraction-static", "0.9"]
     return Launch([*command, *arguments], {})
 
 

@@ -104,6 +104,9 @@ def rows() -> list[tuple[Any, ...]]:
             constants = {"BM": bm, "WARPS": warps, **registers, **ring, "TOKEN": True, "BIAS": True, "REDUCE": True}
             types = wgmma_operands(x, 16 * warps, bm, 256) | {"w_desc": descriptor(gl.int32, "i32", [16 * warps, 32], 128)}
             made.append((f"decode {x} {bm} {groups}", gemm_decode, types, constants, 90, warps, True))
+            if (bm, groups) == (16, 2):  # one block a processor: two sets of operands in registers
+                alone = constants | {"REGISTERS": 248, "STAGES": 3, "REDUCE": False}
+                made.append((f"decode {x} {bm} {groups} alone", gemm_decode, types, alone, 90, warps, True))
     for x in ("bf16", "fp16"):
         for warps, apart, tail in ((8, False, False), (2, True, False), (4, True, True)):
             types = {

@@ -88,6 +88,17 @@ def test_decode(compiled: Variants, x: str, bm: int, groups: int) -> None:
     assert_pipelined(variant)
 
 
+@pytest.mark.parametrize("x", ["fp8", "bf16"])
+def test_decode_with_a_processor_for_a_block(compiled: Variants, x: str) -> None:
+    variant = compiled[f"decode {x} 16 2 alone", 90]
+    ptx = variant["ptx"]
+    # Registers suffice for two operands at a time: products of one run while the next is decoded.
+    first, second = (found.start() for found in list(re.finditer(r"wgmma\.mma_async", ptx))[:2])
+    assert x == "bf16" or not re.search(r"prmt|wgmma\.wait_group", ptx[first:second])
+    assert "atom" not in ptx
+    assert_pipelined(variant)
+
+
 def test_no_operand_is_overwritten(compiled: Variants) -> None:
     variants = [one for one in compiled.values() if "overwritten" in one]
     assert {one["name"].split()[0] for one in variants} >= {"large", "medium", "decode"}

@@ -317,7 +317,8 @@ def tune_block(
     times: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in MODES}
     for (m, name), plans in tried.items():
         mode, before = chosen[m][name]
-        shape = "{}x{}".format(*block.layers[name])
+        n, k = block.layers[name]
+        shape = f"{n}x{k}"
 
         def calls_of(plan: Plan, m: int = m, name: str = name, mode: str = mode) -> list[Call]:
             return block_calls(block, chosen[m] | {name: (mode, plan)}, m, weights)
@@ -329,7 +330,9 @@ def tune_block(
         old = time_calls(calls_of(before), _HOT)
         if seconds < _GAIN_IN_BLOCK * old:
             chosen[m][name] = mode, best
-            alone = time_calls(calls(best, mode, m, [one[name] for one in weights]), _QUICK)
+            alone = time_calls(
+                calls(best, mode, m, [operands(n, k, device) for _ in range(copies_of(n * k * 9 // 16))]), _QUICK
+            )
             table[mode].setdefault(shape, {})[str(m)] = {"kernel": best.kernel, **best.parameters}
             times[mode].setdefault(shape, {})[str(m)] = round(alone * 1e6, 2)
             log(f"{shape} M={m} {mode}: {best.kernel} {best.parameters}, the block {old * 1e6:.1f} to {seconds * 1e6:.1f} us")
