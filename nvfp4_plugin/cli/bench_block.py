@@ -64,27 +64,28 @@ def block(
     check_least("--ranks", ranks, 1)
     check_least("--m", m, 1)
     check_words("--peer", peer, (*PEERS, "bf16"))
-    for name, among in ((name, among) for name in model for among in ranks):
+    shared = [(name, among) for name in model for among in ranks]
+    for name, among in shared:
         if any(size % (16 * among) for size in BLOCKS[name]):
             raise typer.BadParameter(f"got {among}, which {name} cannot be divided among", param_hint="--ranks")
     where = pick_device(device)
     if tune:
         from nvfp4_kernels.triton import tuning
 
-        for one in (_block(name, among) for name in model for among in ranks):
+        for name, among in shared:
+            one = _block(name, among)
             check_tunable(one.layers.values(), where, "--ranks")
             keep_table(tuning.tune_block(one, where, **tuning_means(where, repeats)), output)
         return
     cases = []
-    for name in model:
-        for among in ranks:
-            values = sum(n * k for n, k in _block(name, among).layers.values())
-            for column in ("auto", *peer):
-                for rows in m:
-                    point: dict[str, str | int] = {"block": name if among == 1 else f"{name} on {among} GPUs", "M": rows}
-                    setup = partial(_setup, column, rows, name, among, where)
-                    weight_bytes = values * 2 if column == "bf16" else values * 9 // 16
-                    cases.append(Case(point, column, setup, bytes=weight_bytes, flops=2 * rows * values))
+    for name, among in shared:
+        values = sum(n * k for n, k in _block(name, among).layers.values())
+        for column in ("auto", *peer):
+            weight_bytes = values * 2 if column == "bf16" else values * 9 // 16
+            for rows in m:
+                point: dict[str, str | int] = {"block": name if among == 1 else f"{name} on {among} GPUs", "M": rows}
+                setup = partial(_setup, column, rows, name, among, where)
+                cases.append(Case(point, column, setup, bytes=weight_bytes, flops=2 * rows * values))
     run("Dense layers of a block", cases, where, json=json, plot=plot, repeats=repeats, host=host)
 
 
