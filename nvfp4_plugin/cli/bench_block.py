@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nvfp4_plugin.cli.bench_linear import PEERS, Layer, check_tunable, keep_table, layer_copies, tuning_means
+from nvfp4_plugin.cli.bench_linear import PEERS, Layer, TableOption, check_tunable, keep_table, layer_copies, tuning_means
 from nvfp4_plugin.cli.benchmark import (
     Call,
     Case,
@@ -52,7 +51,7 @@ def block(
             "--tune", help="Choose GEMMs and tiles for 8 to 64 rows by the time of the block; after bench linear --tune."
         ),
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Where --tune writes; by default the user's cache.")] = None,
+    output: TableOption = None,
     json: JsonOption = False,
     plot: PlotOption = None,
     device: DeviceOption = "auto",
@@ -60,6 +59,8 @@ def block(
     host: HostOption = False,
 ) -> None:
     """The four dense layers of a decoder block, norms and SiLU included; a copy stands for attention."""
+    from nvfp4_kernels.triton import tuning
+
     check_words("--model", model, BLOCKS)
     check_least("--ranks", ranks, 1)
     check_least("--m", m, 1)
@@ -69,46 +70,35 @@ def block(
         if any(size % (16 * among) for size in BLOCKS[name]):
             raise typer.BadParameter(f"got {among}, which {name} cannot be divided among", param_hint="--ranks")
     where = pick_device(device)
+    blocks = {name if among == 1 else f"{name} on {among} GPUs": tuning.Block(*BLOCKS[name], among) for name, among in shared}
     if tune:
-        from nvfp4_kernels.triton import tuning
-
-        for name, among in shared:
-            one = _block(name, among)
-            check_tunable(one.layers.values(), where, "--ranks")
+        check_tunable((shape for one in blocks.values() for shape in one.layers.values()), where, "--ranks")
+        for one in blocks.values():
             keep_table(tuning.tune_block(one, where, **tuning_means(where, repeats)), output)
         return
     cases = []
-    for name, among in shared:
-        values = sum(n * k for n, k in _block(name, among).layers.values())
+    for label, one in blocks.items():
+        values = sum(n * k for n, k in one.layers.values())
         for column in ("auto", *peer):
             weight_bytes = values * 2 if column == "bf16" else values * 9 // 16
             for rows in m:
-                point: dict[str, str | int] = {"block": name if among == 1 else f"{name} on {among} GPUs", "M": rows}
-                setup = partial(_setup, column, rows, name, among, where)
-                cases.append(Case(point, column, setup, bytes=weight_bytes, flops=2 * rows * values))
+                setup = partial(_setup, column, rows, one, where)
+                cases.append(Case({"block": label, "M": rows}, column, setup, bytes=weight_bytes, flops=2 * rows * values))
     run("Dense layers of a block", cases, where, json=json, plot=plot, repeats=repeats, host=host)
 
 
-def _block(name: str, ranks: int) -> Block:
-    from nvfp4_kernels.triton.tuning import Block
-
-    return Block(*BLOCKS[name], ranks)
-
-
-def _setup(column: str, rows: int, name: str, ranks: int, device: torch.device) -> Sequence[Call]:
+def _setup(column: str, rows: int, block: Block, device: torch.device) -> Sequence[Call]:
     import torch
 
-    block = _block(name, ranks)
     x, residual = (torch.randn(rows, block.hidden, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return [partial(block.run, layer, x, residual) for layer in _blocks(column, name, ranks, device)]
+    return [partial(block.run, layer, x, residual) for layer in _blocks(column, block, device)]
 
 
 @lru_cache(maxsize=1)
-def _blocks(column: str, name: str, ranks: int, device: torch.device) -> list[InBlock]:
+def _blocks(column: str, block: Block, device: torch.device) -> list[InBlock]:
     """The layers of a block over so many copies of their weights that each is cold when its turn comes."""
     import torch
 
-    block = _block(name, ranks)
     if column != "auto":
         need(device, "vllm._custom_ops")
     norm = torch.ones(block.hidden, device=device, dtype=torch.bfloat16)

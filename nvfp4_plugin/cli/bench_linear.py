@@ -56,6 +56,7 @@ SHAPES = {
 """Layer -> (N, K): the linear layers of Llama-3-8B and -70B and of Qwen3-32B."""
 PEERS = {"marlin": "MarlinNvFp4LinearKernel", "humming": "HummingNvFp4LinearKernel"}
 """Peer, a module of vLLM's NVFP4 kernels -> its class."""
+TableOption = Annotated[Path | None, typer.Option("--output", help="Where --tune writes; by default the user's cache.")]
 _VLLM_KERNELS = "vllm.model_executor.kernels.linear.nvfp4"
 
 
@@ -76,7 +77,7 @@ def linear(
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure every GEMM and tile for these layers and keep the best for this device.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Where --tune writes; by default the user's cache.")] = None,
+    output: TableOption = None,
     json: JsonOption = False,
     plot: PlotOption = None,
     device: DeviceOption = "auto",
